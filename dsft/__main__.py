@@ -1,0 +1,5 @@
+"""``python -m dsft``."""
+
+from dsft.cli.main import main
+
+main()

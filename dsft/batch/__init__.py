@@ -1,0 +1,1 @@
+"""From packs to tensors, ahead of the step that needs them."""

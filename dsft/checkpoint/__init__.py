@@ -1,0 +1,1 @@
+"""Commit protocol, discovery and payload of checkpoints."""

@@ -1,0 +1,269 @@
+"""The models of a run's YAML file. One frozen class a section; a check lives beside the field it is about.
+
+Everything is strict: an unknown key or a wrong type is an error (``dsft.config.load`` adds the file, the line and the
+nearest known key). Lengths in tokens end in ``_tokens``, durations in ``_seconds``, counts of steps in ``_steps``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dsft.config.units import Count, PositiveCount
+
+UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+_Item = TypeVar("_Item")
+Items = Annotated[tuple[_Item, ...], Field(strict=False)]
+"""A YAML list. Not strict about list against tuple; the items stay strict."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and no key that is not declared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class RunSection(Section):
+    """Who this run is and where it writes."""
+
+    name: Name
+    dir: str
+    """Folder of the run: logs, checkpoints, resolved config. One live run may own it."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 17
+    world_size: Annotated[int, Field(ge=1)] | None = None
+    """Number of ranks this run must have. A run that finds another number stops at once (a hostfile that was not
+    found otherwise trains on one host in silence)."""
+
+
+class ModelSection(Section):
+    """The model: a folder, a hub name, a dsft checkpoint, or a config to train from scratch."""
+
+    path: str | None = None
+    """Hugging Face folder, hub name, or a dsft checkpoint folder (its weights only)."""
+    config: str | dict[str, Any] | None = None
+    """Train from scratch: a config.json (or its folder), or its keys inline with ``model_type``."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; default is the model's own."""
+    revision: str | None = None
+    """Hub revision. Resolved to a commit at the start and kept in the run, so that a resume sees the same files."""
+    trust_remote_code: bool = False
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    attention: Literal["auto", "varlen", "sdpa"] = "auto"
+    """auto: torch's varlen kernel on CUDA, one scaled-dot-product call per document on the CPU."""
+    activation_checkpointing: bool = False
+    add_tokens: Items[str] = ()
+    """Tokens to add to the tokenizer and model; new rows start at the mean of the old ones."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give either model.path (start from weights) or model.config (train from scratch)")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("model.config (train from scratch) needs model.tokenizer")
+        return self
+
+
+class SourceSection(Section):
+    """One source of training documents."""
+
+    name: Name
+    path: str | Items[str]
+    """File, folder, glob, or a list of them: .jsonl .jsonl.gz .jsonl.zst .parquet .txt .arrow, or a folder that
+    ``datasets.save_to_disk`` wrote."""
+    format: Literal["text", "messages", "prompt_completion"] = "text"
+    objective: Literal["next_token"] = "next_token"
+    text_field: str = "text"
+    weight: NonNegativeFloat = 1.0
+    """Share of the tokens drawn, relative to the other sources; 0 means not drawn."""
+    loss_weight: NonNegativeFloat = 1.0
+    """Factor on this source's rows in the loss; 0 means never supervised."""
+    supervise: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Which part of a conversation is learned. Raw text is always learned whole."""
+
+
+class StageSection(Section):
+    """Weights that hold until a number of trained tokens; the last stage runs to the end of training."""
+
+    name: Name | None = None
+    until_tokens: PositiveCount
+    weights: dict[str, NonNegativeFloat]
+
+
+class DataSection(Section):
+    """Sources, their mixture and how documents become packs."""
+
+    pack_tokens: PositiveCount
+    sources: Annotated[Items[SourceSection], Field(min_length=1)]
+    stages: Items[StageSection] = ()
+    chat_template: str | None = None
+    """File with a Jinja chat template, or the name of a built-in one (chatml). Default: the tokenizer's own."""
+    store_dir: str | None = None
+    """Where token stores are kept, shared by runs; default: ``store`` beside the run's folder."""
+    bad_records: Literal["error", "skip"] = "error"
+    overlong: Literal["split", "truncate", "drop"] = "split"
+    """What happens to a document longer than pack_tokens. Counted per source."""
+    window_documents: PositiveCount = 65_536
+    window_tokens: PositiveCount = 16_000_000
+    group_shards: Annotated[int, Field(ge=1)] = 16
+    """Documents are shuffled within this many consecutive shards of the shuffled shard order."""
+
+    @model_validator(mode="after")
+    def _stages_name_sources(self) -> DataSection:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(
+                f"data.sources: two sources share a name: {sorted(n for n in names if names.count(n) > 1)[0]!r}"
+            )
+        previous = 0
+        for position, stage in enumerate(self.stages):
+            unknown = sorted(set(stage.weights) - set(names))
+            if unknown:
+                raise ValueError(
+                    f"data.stages[{position}].weights: no source is called {unknown[0]!r}; sources are {names}"
+                )
+            if not any(stage.weights.values()):
+                raise ValueError(f"data.stages[{position}].weights: every weight is 0, so nothing could be drawn")
+            if stage.until_tokens <= previous:
+                raise ValueError(
+                    f"data.stages[{position}].until_tokens must be greater than the stage before ({previous})"
+                )
+            previous = stage.until_tokens
+        if not self.stages and not any(source.weight for source in self.sources):
+            raise ValueError("data.sources: every weight is 0, so nothing could be drawn")
+        return self
+
+
+class ScheduleSection(Section):
+    """Learning-rate schedule, in steps or in trained tokens (not both)."""
+
+    kind: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
+    warmup_steps: Count | None = None
+    warmup_tokens: Count | None = None
+    decay_steps: Count | None = None
+    """Length of the final decay of warmup_stable_decay."""
+    decay_tokens: Count | None = None
+    min_lr_ratio: UnitInterval = 0.1
+    """Learning rate at the end, as a share of train.lr (0.1 is the usual choice for cosine)."""
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> ScheduleSection:
+        steps = self.warmup_steps is not None or self.decay_steps is not None
+        tokens = self.warmup_tokens is not None or self.decay_tokens is not None
+        if steps and tokens:
+            raise ValueError("train.schedule: give warmup and decay both in steps or both in tokens")
+        return self
+
+
+class TrainSection(Section):
+    """Length, batch, optimizer and loss."""
+
+    tokens: PositiveCount | None = None
+    """Document tokens to draw in all (no padding, no fillers). May be raised on resume."""
+    steps: PositiveCount | None = None
+    epochs: PositiveFloat | None = None
+    """Passes over the only source. With several sources give tokens."""
+    global_batch_packs: PositiveCount
+    """Packs in one optimizer step, over all ranks."""
+    micro_batch_packs: Annotated[int, Field(ge=1)] = 1
+    lr: PositiveFloat
+    betas: Annotated[tuple[UnitInterval, UnitInterval], Field(strict=False)] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    """Applies to matrices; norms, biases and other vectors have none."""
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Global gradient norm; 0 means no clipping."""
+    schedule: ScheduleSection = ScheduleSection()
+    loss_reduction: Literal["token", "document"] = "token"
+    freeze: Items[str] = ()
+    """fnmatch patterns over parameter names; a pattern that matches nothing is an error."""
+    max_skipped_steps: Annotated[int, Field(ge=1)] = 5
+    """Steps in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if sum(value is not None for value in (self.tokens, self.steps, self.epochs)) != 1:
+            raise ValueError("train: give exactly one of tokens, steps, epochs")
+        return self
+
+
+class CheckpointSection(Section):
+    """When state is saved, and how much of it is kept. A run always saves at its end and when asked to stop."""
+
+    every_steps: PositiveCount | None = None
+    keep_last: Annotated[int, Field(ge=1)] = 3
+
+
+class EvaluationSetSection(Section):
+    """One held-out set."""
+
+    name: Name
+    path: str | Items[str]
+    format: Literal["text", "messages", "prompt_completion"] = "text"
+    text_field: str = "text"
+    supervise: Literal["assistant", "last_assistant", "all"] = "assistant"
+    source: str | None = None
+    """The training source this set is held out from; its training loss is shown beside the held-out loss."""
+    max_documents: PositiveCount | None = None
+    generate: Annotated[int, Field(ge=0)] = 0
+    """Number of prompts answered greedily for exact match and token F1 (instruction formats only)."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+
+
+class EarlyStopSection(Section):
+    """Stop when a held-out loss rises while its training loss falls."""
+
+    patience: Annotated[int, Field(ge=1)] = 3
+    """Evaluations in a row that the held-out loss must be above its best while training loss still falls."""
+
+
+class EvaluateSection(Section):
+    """Held-out sets and when they are measured."""
+
+    every_steps: PositiveCount | None = None
+    at_start: bool = False
+    at_stage_ends: bool = True
+    at_end: bool = True
+    sets: Items[EvaluationSetSection] = ()
+    early_stop: EarlyStopSection | None = None
+    """Absent: overfitting is only warned about."""
+
+
+class LogSection(Section):
+    """What is written while training. A JSON line per logged step is always written."""
+
+    every_steps: PositiveCount = 1
+    sinks: Items[Literal["jsonl", "tensorboard"]] = ("jsonl",)
+
+
+class RunConfig(Section):
+    """A whole run, as one YAML file states it."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    deepspeed: str | dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 3}})
+    """Path of a DeepSpeed JSON file (``ds_configs/``), or its keys inline; "auto" values are filled in by dsft."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    log: LogSection = LogSection()
+    kernels: Literal["auto", "native", "reference"] = "auto"
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> RunConfig:
+        names = {source.name for source in self.data.sources}
+        for position, held_out in enumerate(self.evaluate.sets):
+            if held_out.source is not None and held_out.source not in names:
+                raise ValueError(
+                    f"evaluate.sets[{position}].source: no source is called {held_out.source!r}; "
+                    f"sources are {sorted(names)}"
+                )
+        if self.train.epochs is not None and len(self.data.sources) > 1:
+            raise ValueError("train.epochs needs a single source; with several sources give train.tokens")
+        if self.data.stages and self.train.tokens is None:
+            raise ValueError("data.stages are borders in tokens, so the run's length must be too: give train.tokens")
+        return self

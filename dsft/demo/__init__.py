@@ -1,0 +1,1 @@
+"""The embedded demonstration: corpus from the Python installation, tokenizer, run, summary."""

@@ -1,0 +1,1 @@
+"""Which processes were started, and the checks at the start."""

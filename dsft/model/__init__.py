@@ -1,0 +1,1 @@
+"""The model: loading, packed attention, the masked head, and the proofs that it keeps dsft's promises."""

@@ -1,0 +1,1 @@
+"""Native kernels: schemas, reference implementations, loading of the compiled library, public functions."""

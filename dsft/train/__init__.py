@@ -1,0 +1,1 @@
+"""Setup, loop, step, schedule."""
