@@ -1,0 +1,85 @@
+"""The trained module: a Hugging Face causal model run over packed documents, with the loss in its head."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dsft.errors import ModelError
+from dsft.model.attention import ATTENTION_NAME, PackedDocuments, register_attention
+from dsft.model.head import MaskedLMHead, install_head
+
+
+class PackedOutput(NamedTuple):
+    """What one micro-batch gives (a tuple: DeepSpeed's hooks walk the outputs of modules).
+
+    Attributes:
+        loss: fp32 scalar, ``sum(row_weight * nll)``.
+        row_nll: fp32[n], unweighted and without gradient.
+        aux_loss: fp32 scalar, the router loss times the micro-batch's document tokens; 0 for models without one.
+    """
+
+    loss: torch.Tensor
+    row_nll: torch.Tensor
+    aux_loss: torch.Tensor
+
+
+class PackedCausalLM(nn.Module):
+    """Wraps a Hugging Face model; its only child is ``hf``, whose head is replaced in place.
+
+    Args:
+        hf: a causal language model of transformers.
+        use_kernel: run attention through torch's variable-length kernel (CUDA, half precision); otherwise one call per
+            document.
+    """
+
+    def __init__(self, hf: Any, use_kernel: bool = False) -> None:
+        super().__init__()
+        register_attention()
+        try:
+            hf.set_attn_implementation(ATTENTION_NAME)
+        except ValueError as error:
+            raise ModelError(f"{hf.config.model_type} does not accept packed attention, refused: {error}") from error
+        if hf.get_output_embeddings() is None:
+            raise ModelError(f"{hf.config.model_type} has no output embedding: it is not a causal language model.")
+        install_head(hf)
+        self.hf = hf
+        self.use_kernel = use_kernel
+
+    def head(self) -> MaskedLMHead:
+        """The head, which lives under its Hugging Face name inside ``hf``."""
+        head = self.hf.get_output_embeddings()
+        assert isinstance(head, MaskedLMHead)
+        return head
+
+    def documents(self, cu_seqlens: torch.Tensor, max_seqlen: int) -> PackedDocuments:
+        """Document borders for the attention layers. Without the kernel on CUDA this waits for the device once."""
+        borders = None if self.use_kernel else tuple(cu_seqlens.tolist())
+        return PackedDocuments(cu_seqlens, max_seqlen, borders)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        rows: torch.Tensor,
+        targets: torch.Tensor,
+        row_weight: torch.Tensor,
+    ) -> PackedOutput:
+        """Loss of one packed row; shapes as in ``dsft.batch.types.PackedBatch``."""
+        decoder = self.hf.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,
+            dsft_documents=self.documents(cu_seqlens, max_seqlen),
+        )
+        loss, row_nll = self.head()(decoder.last_hidden_state, rows, targets, row_weight)
+        return PackedOutput(loss, row_nll, loss.new_zeros(()))
+
+
+def hf_name(parameter_name: str) -> str:
+    """Name of a parameter of ``PackedCausalLM`` in the Hugging Face model (checkpoints, logs and exports use it)."""
+    return parameter_name.removeprefix("hf.")
