@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from dsft.config.units import Count, PositiveCount
 
@@ -24,7 +24,13 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 class Section(BaseModel):
     """Base of every section: frozen, and no key that is not declared."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,  # the docstrings below fields are the descriptions of `dsft config schema`
+    )
 
 
 class RunSection(Section):
@@ -252,6 +258,18 @@ class RunConfig(Section):
     evaluate: EvaluateSection = EvaluateSection()
     log: LogSection = LogSection()
     kernels: Literal["auto", "native", "reference"] = "auto"
+    """native: dsft's compiled operations, an error where they are missing; reference: their Python specification; auto:
+    native where they can be built. The choice is printed."""
+    _file: str = PrivateAttr(default="the run's YAML file")
+
+    @property
+    def file(self) -> str:
+        """Name of the YAML file this came from; for messages only."""
+        return self._file
+
+    def set_file(self, name: str) -> None:
+        """Remember the YAML file's name for messages (``load_config`` calls this)."""
+        self._file = name
 
     @model_validator(mode="after")
     def _across_sections(self) -> RunConfig:
