@@ -1,0 +1,132 @@
+"""A dsft checkpoint as an ordinary Hugging Face folder: safetensors, config, tokenizer, chat template.
+
+transformers itself writes the folder, from a model on the meta device and our weights. So the names on disk, the tied
+weights that are left out, the layout of experts and the shards are those that ``save_pretrained`` would have made.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dsft.errors import CheckpointError, ConfigError
+from dsft.fsio import fsync_folder, save_error
+
+if TYPE_CHECKING:
+    import torch
+
+ExportType = Literal["bf16", "fp32"]
+DEFAULT_SHARD_BYTES = 5_000_000_000
+MODEL_FOLDER = "model"
+"""Folder of a checkpoint that holds config.json, tokenizer files, chat template and generation config."""
+PAYLOAD_FOLDER = "payload"
+_WRITTEN_BY_TRANSFORMERS = frozenset({"config.json"})
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    dtype: ExportType = "bf16",
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write ``out`` as a Hugging Face folder that plain transformers loads. One process; holds the weights once.
+
+    The checkpoint's files are checked against their hashes first. ``out`` appears whole, by rename, or not at all.
+
+    Args:
+        checkpoint: a checkpoint folder of a run (``<run>/checkpoints/step-XXXXXXXX``).
+        out: folder to make; it must not exist, or be empty.
+        dtype: type of the weights. The checkpoint's master weights are fp32, so bf16 rounds once.
+        max_shard_bytes: a weight file is at most this large (a single larger tensor gets its own file).
+        trust_remote_code: run modelling code that lies in the checkpoint's model folder.
+
+    Raises:
+        ConfigError: ``out`` is there already.
+        CheckpointError: the checkpoint is damaged, or its weights are not those of its config.
+        SaveError: the folder cannot be written.
+    """
+    import torch
+
+    from dsft.checkpoint.verify import verify
+    from dsft.export.weights import read_weights
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already and not empty; export never overwrites. Name another folder.")
+    verify(checkpoint)
+    torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    model = _empty_model(checkpoint / MODEL_FOLDER, torch_dtype, trust_remote_code)
+    weights = read_weights(checkpoint / PAYLOAD_FOLDER, torch_dtype)
+    _check_weights(checkpoint, model.state_dict(), weights)
+    with _staged_folder(out) as staging:
+        model.save_pretrained(staging, state_dict=weights, max_shard_size=max_shard_bytes)
+        for file in sorted((checkpoint / MODEL_FOLDER).iterdir()):
+            if file.is_file() and file.name not in _WRITTEN_BY_TRANSFORMERS:
+                shutil.copyfile(file, staging / file.name)
+
+
+def _empty_model(model_folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The checkpoint's model without memory for its weights (meta device); its tied weights are tied."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (model_folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{model_folder / 'config.json'} is missing, so the model of this checkpoint is unknown. Export another "
+            "checkpoint of the run."
+        )
+    try:
+        config = AutoConfig.from_pretrained(model_folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise CheckpointError(
+            f"the model of {model_folder} cannot be built: {' '.join(str(error).split())} If it has its own modelling "
+            "code, allow it with --trust-remote-code; if it is newer than the installed transformers, upgrade that."
+        ) from error
+
+
+def _check_weights(checkpoint: Path, expected: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
+    """transformers would fill a missing weight with random numbers at loading time: find it now."""
+    missing = sorted(expected.keys() - weights.keys())
+    surplus = sorted(weights.keys() - expected.keys())
+    shapes = sorted(name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape)
+    if missing or surplus or shapes:
+        raise CheckpointError(
+            f"the weights of {checkpoint} are not those of its config.json: missing {missing[:3] or 'none'}, not "
+            f"expected {surplus[:3] or 'none'}, of another shape {shapes[:3] or 'none'}. The checkpoint and its model "
+            "folder do not belong together, or transformers is of another version than the one that trained it."
+        )
+
+
+@contextmanager
+def _staged_folder(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its name when the block ends well, every file durable before it does."""
+    from safetensors import SafetensorError
+
+    staging: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        yield staging
+        for file in staging.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        fsync_folder(staging)
+        staging.chmod(0o755)  # mkdtemp makes it private
+        if out.exists():
+            out.rmdir()  # empty, as checked before
+        staging.rename(out)
+        fsync_folder(out.parent)
+    except (OSError, SafetensorError) as error:
+        cause = error if isinstance(error, OSError) else OSError(None, str(error))
+        raise save_error(out, cause) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
