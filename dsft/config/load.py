@@ -139,6 +139,11 @@ def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[Differe
     return [Difference(key, before.get(key), after.get(key), _DATA_ORDER.fullmatch(key) is not None) for key in keys]
 
 
+def order_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """The dotted keys, with their values, of a :func:`config_to_json` that decide the data order."""
+    return {key: value for key, value in _leaves(values, ()) if _DATA_ORDER.fullmatch(key)}
+
+
 def _leaves(value: Any, path: Path) -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything in nested mappings and lists that is not itself a mapping or list."""
     if isinstance(value, dict):
