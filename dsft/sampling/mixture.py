@@ -1,0 +1,170 @@
+"""Which source gives the next document.
+
+The next document comes from the source that is furthest behind its share of the tokens: the one with the least
+``tokens drawn / weight`` in this stage (start-time fair queueing: Goyal, Vin and Chen, SIGCOMM 1996); equal ones, the
+first in the configuration. So a source is never ahead of its share by more than one of its own documents, and never
+behind by more than its share of one document of each other source, at any time and for any lengths.
+
+The tags ``drawn before / weight`` of a source's documents ascend, so drawing one by one is a stable merge of the
+sources' tags, and a whole block is drawn by one sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from dsft.sampling.order import DocumentChunk, SourceOrder
+from dsft.sampling.types import SourcePosition
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnDocuments:
+    """Documents in the order they were drawn. Columns as in ``DocumentChunk``, and the source's number (int32)."""
+
+    source: npt.NDArray[np.int32]
+    epoch: npt.NDArray[np.int32]
+    shard: npt.NDArray[np.int32]
+    document: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int32]
+    planned: npt.NDArray[np.int32]
+    dropped: npt.NDArray[np.int64]
+    dropped_tokens: npt.NDArray[np.int64]
+
+    @property
+    def num_tokens(self) -> int:
+        """Planned tokens of all documents."""
+        return int(self.planned.sum(dtype=np.int64))
+
+
+class _Reader:
+    """One source's documents, read ahead in chunks and taken from the front."""
+
+    def __init__(self, order: SourceOrder, position: SourcePosition) -> None:
+        self._order = order
+        self.position = position
+        self._chunk: DocumentChunk | None = None
+        self._taken = 0
+
+    def fill(self) -> None:
+        """Make sure that at least one document can be taken."""
+        if self._chunk is None or self._taken == self._chunk.num_documents:
+            self._chunk = self._order.read(self.position.epoch, self.position.group, self.position.ordinal)
+            self._taken = 0
+
+    @property
+    def planned(self) -> npt.NDArray[np.int32]:
+        """Planned tokens of the documents read ahead."""
+        assert self._chunk is not None
+        return self._chunk.planned[self._taken :]
+
+    def take(self, count: int, source: int) -> DrawnDocuments:
+        """Draw the next ``count`` documents of those read ahead."""
+        chunk = self._chunk
+        assert chunk is not None
+        rows = slice(self._taken, self._taken + count)
+        planned = chunk.planned[rows]
+        if count:
+            self.position = SourcePosition(
+                epoch=chunk.epoch,
+                group=chunk.group,
+                ordinal=int(chunk.ordinal[rows][-1]) + 1,
+                tokens_drawn=self.position.tokens_drawn + int(planned.sum(dtype=np.int64)),
+            )
+        self._taken += count
+        return DrawnDocuments(
+            source=np.full(count, source, dtype=np.int32),
+            epoch=np.full(count, chunk.epoch, dtype=np.int32),
+            shard=chunk.shard[rows],
+            document=chunk.document[rows],
+            length=chunk.length[rows],
+            planned=planned,
+            dropped=chunk.dropped[rows],
+            dropped_tokens=chunk.dropped_tokens[rows],
+        )
+
+
+class Mixture:
+    """Draws documents from several sources by weight, from a position on.
+
+    Args:
+        orders: one per source.
+        positions: where each source stands.
+    """
+
+    def __init__(self, orders: Sequence[SourceOrder], positions: Sequence[SourcePosition]) -> None:
+        self._readers = [_Reader(order, position) for order, position in zip(orders, positions, strict=True)]
+
+    @property
+    def positions(self) -> tuple[SourcePosition, ...]:
+        """Per source, the position after the last document drawn."""
+        return tuple(replace(reader.position) for reader in self._readers)
+
+    def draw(
+        self, weights: Sequence[float], stage_tokens_drawn: Sequence[int], max_documents: int, max_tokens: int
+    ) -> DrawnDocuments:
+        """Draw until ``max_documents`` documents or at least ``max_tokens`` planned tokens, whichever is first.
+
+        Args:
+            weights: one per source, at least one > 0.
+            stage_tokens_drawn: per source, tokens already drawn under these weights.
+
+        Raises:
+            DataError: a source with a weight has no document.
+        """
+        drawn = list(stage_tokens_drawn)
+        active = [source for source, weight in enumerate(weights) if weight > 0]
+        blocks: list[DrawnDocuments] = []
+        while max_documents > 0 and max_tokens > 0:
+            block = self._draw_block(active, weights, drawn, max_documents, max_tokens)
+            for source in active:
+                drawn[source] += int(block.planned[block.source == source].sum(dtype=np.int64))
+            max_documents -= len(block.source)
+            max_tokens -= block.num_tokens
+            blocks.append(block)
+        return _concatenate(blocks)
+
+    def _draw_block(
+        self, active: list[int], weights: Sequence[float], drawn: list[int], max_documents: int, max_tokens: int
+    ) -> DrawnDocuments:
+        """Draw as many documents as the chunks read ahead decide: those before the first chunk's end."""
+        tags = []
+        for source in active:
+            reader = self._readers[source]
+            reader.fill()
+            ends = drawn[source] + np.cumsum(reader.planned, dtype=np.int64)
+            tags.append(np.concatenate(([drawn[source]], ends)) / weights[source])
+        horizon = min(tag[-1] for tag in tags)
+        counts = [int(np.searchsorted(tag[:-1], horizon, side="left")) for tag in tags]
+        decided = np.concatenate([tag[:count] for tag, count in zip(tags, counts, strict=True)])
+        owner = np.repeat(np.array(active, dtype=np.int64), counts)
+        planned = np.concatenate(
+            [self._readers[source].planned[:count] for source, count in zip(active, counts, strict=True)]
+        )
+        order = np.argsort(decided, kind="stable")
+        enough = np.searchsorted(np.cumsum(planned[order], dtype=np.int64), max_tokens, side="left") + 1
+        order = order[: min(int(enough), max_documents)]
+
+        taken = np.bincount(owner[order], minlength=len(weights))
+        documents = _concatenate([self._readers[source].take(int(taken[source]), source) for source in active])
+        # Rows of `documents` are by source, as those of `decided` are, but without the documents not taken.
+        chosen = np.sort(order)
+        return _take(documents, np.searchsorted(chosen, order))
+
+
+def _columns(documents: DrawnDocuments) -> tuple[npt.NDArray[np.generic], ...]:
+    return tuple(getattr(documents, name) for name in DrawnDocuments.__slots__)
+
+
+def _take(documents: DrawnDocuments, rows: npt.NDArray[np.int64]) -> DrawnDocuments:
+    return DrawnDocuments(*(column[rows] for column in _columns(documents)))  # type: ignore[arg-type]
+
+
+def _concatenate(blocks: list[DrawnDocuments]) -> DrawnDocuments:
+    if len(blocks) == 1:
+        return blocks[0]
+    columns = zip(*(_columns(block) for block in blocks), strict=True)
+    return DrawnDocuments(*(np.concatenate(column) for column in columns))  # type: ignore[arg-type]

@@ -1,0 +1,112 @@
+"""From document lengths to packs: the overlong policy, pieces, and best-fit-decreasing packing of one window.
+
+Best-fit-decreasing (Johnson, "Near-optimal bin packing algorithms", 1973): pieces in descending length, each into the
+pack with the least free space that still holds it. For language-model data it fills 99.9 % and more. It sorts by
+length, so the caller shuffles the packs.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Overlong = Literal["split", "truncate", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Pieces in packs. ``pieces[offsets[p]:offsets[p + 1]]`` are the piece numbers of pack p, longest first.
+
+    Attributes:
+        pieces: int64, a permutation of the piece numbers.
+        offsets: int64[P + 1].
+    """
+
+    pieces: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+
+
+def planned_lengths(lengths: npt.NDArray[np.int32], pack_tokens: int, overlong: Overlong) -> npt.NDArray[np.int32]:
+    """Tokens of each document that are trained under the overlong policy; 0: the document is not used."""
+    if overlong == "split":
+        return lengths
+    if overlong == "truncate":
+        return np.minimum(lengths, np.int32(pack_tokens))
+    return np.where(lengths > pack_tokens, np.int32(0), lengths)
+
+
+def split_documents(
+    planned: npt.NDArray[np.int32], pack_tokens: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Cut documents into pieces of at most ``pack_tokens``: full ones, then the rest.
+
+    Args:
+        planned: tokens per document, each >= 1.
+
+    Returns:
+        (document int64: row in ``planned``, start int64: first token, length int32) per piece, in document order.
+    """
+    counts = -(-planned.astype(np.int64) // pack_tokens)
+    document = np.repeat(np.arange(len(planned), dtype=np.int64), counts)
+    number = np.arange(len(document), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
+    start = number * pack_tokens
+    length = np.minimum(planned[document] - start, pack_tokens).astype(np.int32)
+    return document, start, length
+
+
+def best_fit_decreasing(lengths: npt.NDArray[np.int32], pack_tokens: int) -> Packing:
+    """Pack pieces of ``lengths`` (each in [1, pack_tokens]).
+
+    Ties: pieces of equal length in the order given; of packs with equal free space, the one that got to it last.
+    Packs are numbered in the order they are opened. A run of pieces of one length is placed at once: the pack that
+    took one stays the tightest fit until it is too full, so it takes as many as it can.
+    """
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    values, run_starts = np.unique(-lengths[order].astype(np.int64), return_index=True)
+    runs = np.diff(run_starts, append=len(order))
+    packs: list[int] = []  # pack of each run segment, and how many pieces the segment has
+    segments: list[int] = []
+    spaces: list[int] = []  # distinct free spaces > 0, ascending
+    stacks: dict[int, list[int]] = {}  # packs with that much free space
+    num_packs = 0
+    for negative, count in zip(values.tolist(), runs.tolist(), strict=True):
+        length = -negative
+        while count:
+            at = bisect_left(spaces, length)
+            if at < len(spaces):
+                space = spaces[at]
+                stack = stacks[space]
+                pack = stack.pop()
+                if not stack:
+                    del spaces[at], stacks[space]
+            else:
+                pack, space = num_packs, pack_tokens
+                num_packs += 1
+            taken = min(count, space // length)
+            packs.append(pack)
+            segments.append(taken)
+            count -= taken
+            space -= taken * length
+            if space:
+                if space not in stacks:
+                    stacks[space] = []
+                    insort(spaces, space)
+                stacks[space].append(pack)
+    pack_of_piece = np.repeat(np.array(packs, dtype=np.int64), np.array(segments, dtype=np.int64))
+    by_pack = np.argsort(pack_of_piece, kind="stable")
+    offsets = np.zeros(num_packs + 1, dtype=np.int64)
+    np.cumsum(np.bincount(pack_of_piece, minlength=num_packs), out=offsets[1:])
+    return Packing(order[by_pack], offsets)
+
+
+def reorder_packs(packing: Packing, positions: npt.NDArray[np.int64]) -> Packing:
+    """The same packs in another order: pack ``positions[i]`` becomes pack ``i``."""
+    sizes = np.diff(packing.offsets)[positions]
+    offsets = np.zeros(len(positions) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    shift = np.repeat(packing.offsets[:-1][positions] - offsets[:-1], sizes)
+    return Packing(packing.pieces[np.arange(len(packing.pieces), dtype=np.int64) + shift], offsets)

@@ -1,0 +1,339 @@
+"""The plan: from lengths to the packs of every optimizer step, the same on every rank and from any cursor.
+
+Documents are drawn into a window, the window is packed, its packs are shuffled, and steps take them in order. A step
+may straddle windows; a window never straddles stages. No pack outlives its window, so a cursor is the window's start
+and a count of packs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dsft.constants import ORDER_VERSION
+from dsft.errors import CheckpointError
+from dsft.sampling.mixture import DrawnDocuments, Mixture
+from dsft.sampling.order import SourceOrder
+from dsft.sampling.packing import Overlong, best_fit_decreasing, reorder_packs, split_documents
+from dsft.sampling.permutation import Permutation, derive_key, stream_key
+from dsft.sampling.types import Cursor, Pieces, PlannedSource, SourcePosition, Stage, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStats:
+    """What has been planned of one source since the last call of ``Planner.steps`` (whole windows).
+
+    Attributes:
+        name: the source's name.
+        epoch: the pass over the source that it is in, from 0.
+        num_documents, num_tokens: drawn (tokens as planned: after the overlong policy).
+        num_split: documents cut into several pieces.
+        num_truncated, truncated_tokens: documents cut short, and the tokens cut off.
+        num_dropped, dropped_tokens: documents not used, and their tokens.
+    """
+
+    name: str
+    epoch: int = 0
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_split: int = 0
+    num_truncated: int = 0
+    truncated_tokens: int = 0
+    num_dropped: int = 0
+    dropped_tokens: int = 0
+
+
+class _Window(NamedTuple):
+    """A planned window: its packs, and the cursors before and after it."""
+
+    cursor: Cursor
+    next_cursor: Cursor
+    ends_stage: bool
+    pieces: Pieces
+    offsets: npt.NDArray[np.int64]
+    tokens_before_pack: npt.NDArray[np.int64]
+
+    @property
+    def num_packs(self) -> int:
+        return len(self.offsets) - 1
+
+    def pack(self, number: int) -> Pieces:
+        return self.pieces.take(slice(int(self.offsets[number]), int(self.offsets[number + 1])))
+
+    def tokens_trained(self, packs_used: int) -> int:
+        return self.cursor.tokens_drawn + int(self.tokens_before_pack[packs_used])
+
+    def cursor_at(self, packs_used: int) -> Cursor:
+        return self.next_cursor if packs_used == self.num_packs else replace(self.cursor, pack=packs_used)
+
+
+class Planner:
+    """Plans training data from document lengths.
+
+    Args:
+        sources: in the configuration's order.
+        stages: in order; the last one holds to the end of training, whatever its ``until_tokens``.
+        seed: the run's seed.
+        pack_tokens: most tokens of a pack.
+        global_batch_packs: packs of a step.
+        window_documents, window_tokens: a window ends with the draw that reaches either.
+        group_shards: shards whose documents are shuffled together.
+        overlong: what becomes of a document longer than a pack.
+        train_tokens: training ends with the draw that reaches this many tokens; None: never.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[PlannedSource],
+        stages: Sequence[Stage],
+        *,
+        seed: int,
+        pack_tokens: int,
+        global_batch_packs: int,
+        window_documents: int,
+        window_tokens: int,
+        group_shards: int,
+        overlong: Overlong,
+        train_tokens: int | None,
+    ) -> None:
+        assert stages and all(len(stage.weights) == len(sources) and any(stage.weights) for stage in stages), stages
+        self._stages = tuple(stages)
+        self._pack_tokens = pack_tokens
+        self._global_batch_packs = global_batch_packs
+        self._window_documents = window_documents
+        self._window_tokens = window_tokens
+        self._overlong: Overlong = overlong
+        self._train_tokens = train_tokens
+        self._pack_key = stream_key(seed, "packs")
+        self._orders = [
+            SourceOrder(source, seed=seed, group_shards=group_shards, pack_tokens=pack_tokens, overlong=overlong)
+            for source in sources
+        ]
+        self._stats = tuple(SourceStats(source.name) for source in sources)
+
+    def start(self) -> Cursor:
+        """The cursor before the first document."""
+        num_sources = len(self._orders)
+        return Cursor(
+            window=0,
+            pack=0,
+            window_end_tokens=self._train_tokens,
+            tokens_drawn=0,
+            stage=0,
+            stage_tokens_drawn=(0,) * num_sources,
+            sources=(SourcePosition(epoch=0, group=0, ordinal=0, tokens_drawn=0),) * num_sources,
+        )
+
+    def stats(self) -> tuple[SourceStats, ...]:
+        """Per source, what has been planned since the last call of :meth:`steps`. Safe to call from another thread."""
+        return self._stats
+
+    def steps(self, cursor: Cursor) -> Iterator[StepPlan]:
+        """The steps from ``cursor`` to the end of training. Plans a window when a step first needs it.
+
+        Raises:
+            DataError: a source that the mixture draws from has no document that can be used.
+            CheckpointError: the cursor does not fit these sources.
+        """
+        packs: list[Pieces] = []
+        stage, ends_stage = cursor.stage, False
+        trained = 0
+        after = cursor
+        for window in self._windows(cursor):
+            used = window.cursor.pack
+            while used < window.num_packs:
+                if not packs:
+                    if self._is_shortened(window, used):
+                        return
+                    stage, ends_stage = window.cursor.stage, False
+                taken = min(self._global_batch_packs - len(packs), window.num_packs - used)
+                packs.extend(window.pack(number) for number in range(used, used + taken))
+                used += taken
+                ends_stage |= window.ends_stage and used == window.num_packs
+                trained, after = window.tokens_trained(used), window.cursor_at(used)
+                if len(packs) == self._global_batch_packs:
+                    yield _step(packs, after, trained, stage, ends_stage)
+                    packs = []
+        if packs:
+            yield _step(packs, after, trained, stage, ends_stage)
+
+    def _is_shortened(self, window: _Window, packs_used: int) -> bool:
+        """Training was made shorter since this half-used window was planned, and its new end is reached."""
+        if self._train_tokens is None or window.cursor.window_end_tokens == self._train_tokens:
+            return False
+        return window.tokens_trained(packs_used) >= self._train_tokens
+
+    def _windows(self, cursor: Cursor) -> Iterator[_Window]:
+        if len(cursor.sources) != len(self._orders) or cursor.stage >= len(self._stages):
+            raise CheckpointError(
+                f"the checkpoint's data position is of {len(cursor.sources)} sources and stage {cursor.stage}, but the "
+                f"run has {len(self._orders)} sources and {len(self._stages)} stages. Resume with the data section "
+                "that the checkpoint was made with."
+            )
+        self._stats = tuple(SourceStats(entry.name) for entry in self._stats)
+        mixture = Mixture(self._orders, cursor.sources)
+        if cursor.pack == 0:
+            cursor = replace(cursor, window_end_tokens=self._train_tokens)
+        while cursor.window_end_tokens is None or cursor.tokens_drawn < cursor.window_end_tokens:
+            window = self._plan_window(mixture, cursor)
+            if cursor.pack >= window.num_packs:
+                raise CheckpointError(
+                    f"the checkpoint stands after pack {cursor.pack} of window {cursor.window}, but that window has "
+                    f"only {window.num_packs} packs: the token store is not the one the checkpoint was made with."
+                )
+            yield window
+            cursor = window.next_cursor
+
+    def _plan_window(self, mixture: Mixture, cursor: Cursor) -> _Window:
+        stage = self._stages[cursor.stage]
+        limits = [cursor.tokens_drawn + self._window_tokens, self._stage_end(cursor.stage), cursor.window_end_tokens]
+        documents = mixture.draw(
+            stage.weights,
+            cursor.stage_tokens_drawn,
+            self._window_documents,
+            min(limit for limit in limits if limit is not None) - cursor.tokens_drawn,
+        )
+        row, start, length = split_documents(documents.planned, self._pack_tokens)
+        packing = best_fit_decreasing(length, self._pack_tokens)
+        shuffle = Permutation(len(packing.offsets) - 1, derive_key(self._pack_key, cursor.window))
+        packing = reorder_packs(packing, shuffle(np.arange(shuffle.size, dtype=np.int64)))
+        pieces = _make_pieces(documents, row, start, length, packing.pieces)
+        tokens_before_piece = np.concatenate(([0], np.cumsum(pieces.length, dtype=np.int64)))
+        next_cursor = self._next_cursor(cursor, documents, mixture.positions)
+        self._stats = _add_to_stats(self._stats, documents, mixture.positions, self._pack_tokens, self._overlong)
+        return _Window(
+            cursor=cursor,
+            next_cursor=next_cursor,
+            ends_stage=next_cursor.stage != cursor.stage
+            or (self._train_tokens is not None and next_cursor.tokens_drawn >= self._train_tokens),
+            pieces=pieces,
+            offsets=packing.offsets,
+            tokens_before_pack=tokens_before_piece[packing.offsets],
+        )
+
+    def _stage_end(self, stage: int) -> int | None:
+        return None if stage == len(self._stages) - 1 else self._stages[stage].until_tokens
+
+    def _next_cursor(self, cursor: Cursor, documents: DrawnDocuments, positions: tuple[SourcePosition, ...]) -> Cursor:
+        tokens_drawn = cursor.tokens_drawn + documents.num_tokens
+        drawn = np.zeros(len(self._orders), dtype=np.int64)
+        np.add.at(drawn, documents.source, documents.planned)
+        stage = cursor.stage
+        stage_tokens_drawn = np.array(cursor.stage_tokens_drawn, dtype=np.int64) + drawn
+        while (end := self._stage_end(stage)) is not None and tokens_drawn >= end:
+            stage += 1
+            stage_tokens_drawn = np.zeros(len(self._orders), dtype=np.int64)
+        return Cursor(
+            window=cursor.window + 1,
+            pack=0,
+            window_end_tokens=self._train_tokens,
+            tokens_drawn=tokens_drawn,
+            stage=stage,
+            stage_tokens_drawn=tuple(stage_tokens_drawn.tolist()),
+            sources=positions,
+        )
+
+
+def plan_once(lengths: Sequence[npt.NDArray[np.int32]], pack_tokens: int) -> list[Pieces]:
+    """Every document of one source exactly once, packed, in a fixed order: for evaluation.
+
+    Args:
+        lengths: per shard, int32[N] tokens per document. Overlong documents are split; empty ones have no piece.
+        pack_tokens: most tokens of a pack.
+
+    Returns:
+        The packs. Source 0, epoch 0.
+    """
+    counts = [len(column) for column in lengths]
+    flat = np.concatenate([np.zeros(0, dtype=np.int32), *lengths])
+    used = np.flatnonzero(flat)
+    shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    number = np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(count, dtype=np.int64) for count in counts)])
+    zeros = np.zeros(len(used), dtype=np.int64)
+    documents = DrawnDocuments(
+        source=zeros.astype(np.int32),
+        epoch=zeros.astype(np.int32),
+        shard=shard[used],
+        document=number[used],
+        length=flat[used],
+        planned=flat[used],
+        dropped=zeros,
+        dropped_tokens=zeros,
+    )
+    row, start, length = split_documents(documents.planned, pack_tokens)
+    packing = best_fit_decreasing(length, pack_tokens)
+    pieces = _make_pieces(documents, row, start, length, packing.pieces)
+    bounds = packing.offsets.tolist()
+    return [pieces.take(slice(begin, end)) for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def hash_packs(packs: Sequence[Pieces]) -> int:
+    """63-bit hash of packs and of the order version. Equal on every machine (columns hashed as little-endian)."""
+    state = hashlib.blake2b(digest_size=8)
+    state.update(np.array([ORDER_VERSION, *(len(pack.length) for pack in packs)], dtype="<i8").tobytes())
+    for name in ("source", "shard", "document", "start", "length", "epoch"):
+        state.update(np.concatenate([getattr(pack, name) for pack in packs]).astype("<i8").tobytes())
+    return int.from_bytes(state.digest(), "little") >> 1
+
+
+def _step(packs: list[Pieces], after: Cursor, tokens_trained: int, stage: int, ends_stage: bool) -> StepPlan:
+    return StepPlan(
+        packs=tuple(packs),
+        cursor_after=after,
+        num_tokens=sum(int(pack.length.sum(dtype=np.int64)) for pack in packs),
+        tokens_trained=tokens_trained,
+        stage=stage,
+        ends_stage=ends_stage,
+        plan_hash=hash_packs(packs),
+    )
+
+
+def _make_pieces(
+    documents: DrawnDocuments,
+    row: npt.NDArray[np.int64],
+    start: npt.NDArray[np.int64],
+    length: npt.NDArray[np.int32],
+    order: npt.NDArray[np.int64],
+) -> Pieces:
+    row = row[order]
+    return Pieces(
+        source=documents.source[row],
+        shard=documents.shard[row],
+        document=documents.document[row],
+        start=start[order],
+        length=length[order],
+        epoch=documents.epoch[row],
+    )
+
+
+def _add_to_stats(
+    stats: tuple[SourceStats, ...],
+    documents: DrawnDocuments,
+    positions: tuple[SourcePosition, ...],
+    pack_tokens: int,
+    overlong: Overlong,
+) -> tuple[SourceStats, ...]:
+    added = []
+    for number, (entry, position) in enumerate(zip(stats, positions, strict=True)):
+        rows = documents.source == number
+        cut = documents.length[rows].astype(np.int64) - documents.planned[rows]
+        num_split = int((documents.planned[rows] > pack_tokens).sum()) if overlong == "split" else 0
+        added.append(
+            SourceStats(
+                name=entry.name,
+                epoch=position.epoch,
+                num_documents=entry.num_documents + int(rows.sum()),
+                num_tokens=entry.num_tokens + int(documents.planned[rows].sum(dtype=np.int64)),
+                num_split=entry.num_split + num_split,
+                num_truncated=entry.num_truncated + int((cut > 0).sum()),
+                truncated_tokens=entry.truncated_tokens + int(cut.sum()),
+                num_dropped=entry.num_dropped + int(documents.dropped[rows].sum()),
+                dropped_tokens=entry.dropped_tokens + int(documents.dropped_tokens[rows].sum()),
+            )
+        )
+    return tuple(added)
