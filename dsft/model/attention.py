@@ -10,6 +10,7 @@ Two paths: torch's variable-length kernel (CUDA, bf16 or fp16), and one ``scaled
 from __future__ import annotations
 
 import inspect
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,22 +181,25 @@ def _per_document_attention(
 ) -> torch.Tensor:
     """One attention call per document: [1, H, L, D] in, [1, L, H, Dv] out."""
     outputs = []
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
-        document = [tensor[:, :, start:end] for tensor in (query, key, value)]
+    for start, end in itertools.pairwise(borders):
+        q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
         window = sliding_window if sliding_window is not None and sliding_window < end - start else None
         if softcap is not None:
-            outputs.append(_soft_capped_attention(*document, scaling, window, softcap, dropout))
-        else:
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    *document,
-                    attn_mask=None if window is None else _window_mask(end - start, window, query.device),
-                    is_causal=window is None,
-                    dropout_p=dropout,
-                    scale=scaling,
-                    enable_gqa=key.shape[1] != query.shape[1],
-                )
+            outputs.append(_soft_capped_attention(q, k, v, scaling, window, softcap, dropout))
+            continue
+        mask = None if window is None else _window_mask(end - start, window, query.device)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=scaling,
+                enable_gqa=key.shape[1] != query.shape[1],
             )
+        )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 

@@ -125,6 +125,9 @@ class MaskedLMHead(nn.Module):
     gathers the weight equally often everywhere.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, transform: LogitTransform) -> None:
         super().__init__()
         self.weight = weight

@@ -37,11 +37,7 @@ class PackedCausalLM(nn.Module):
 
     def __init__(self, hf: Any, use_kernel: bool = False) -> None:
         super().__init__()
-        register_attention()
-        try:
-            hf.set_attn_implementation(ATTENTION_NAME)
-        except ValueError as error:
-            raise ModelError(f"{hf.config.model_type} does not accept packed attention, refused: {error}") from error
+        _use_packed_attention(hf)
         if hf.get_output_embeddings() is None:
             raise ModelError(f"{hf.config.model_type} has no output embedding: it is not a causal language model.")
         install_head(hf)
@@ -80,6 +76,15 @@ class PackedCausalLM(nn.Module):
         return PackedOutput(loss, row_nll, loss.new_zeros(()))
 
 
-def hf_name(parameter_name: str) -> str:
-    """Name of a parameter of ``PackedCausalLM`` in the Hugging Face model (checkpoints, logs and exports use it)."""
-    return parameter_name.removeprefix("hf.")
+def _use_packed_attention(hf: Any) -> None:
+    """Select the packed attention; transformers only logs when a model's own attention code ignores the choice."""
+    register_attention()
+    try:
+        hf.set_attn_implementation(ATTENTION_NAME)
+    except ValueError as error:
+        raise ModelError(f"{hf.config.model_type} does not accept packed attention, refused: {error}") from error
+    if hf.config._attn_implementation != ATTENTION_NAME:
+        raise ModelError(
+            f"{hf.config.model_type} does not let its attention be replaced (transformers' attention interface), so "
+            "its packed documents could not be kept apart: refused."
+        )

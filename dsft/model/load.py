@@ -1,0 +1,228 @@
+"""Make the model of a run: from a folder, from the hub, or from a config with random weights.
+
+Under ZeRO-3 it is created partitioned: no rank ever holds the whole model on its device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsft.config.models import ModelSection
+from dsft.errors import ConfigError, ModelError
+from dsft.model.initialise import initialise, resize_vocabulary
+from dsft.model.packed import PackedCausalLM
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_model(
+    section: ModelSection,
+    *,
+    vocab_tokens: int,
+    added_tokens: int,
+    seed: int,
+    device_type: str,
+    deepspeed_config: dict[str, Any] | None,
+) -> PackedCausalLM:
+    """The model of ``section``, wrapped for packed training; every rank calls it.
+
+    Args:
+        vocab_tokens: ids the tokenizer can produce, added ones included (largest id + 1).
+        added_tokens: how many of them ``model.add_tokens`` added, at the end; their rows start at the others' mean.
+        seed: for random weights (``model.config``); equal seeds give equal weights at every world size.
+        device_type: "cpu" or "cuda", where the model will run; decides the attention path.
+        deepspeed_config: the resolved DeepSpeed configuration; with stage 3 the model is created partitioned, and
+            torch.distributed must be initialised. None: an ordinary model.
+
+    Raises:
+        ModelError: the model cannot be found, is unknown to the installed transformers, lacks weights, or its
+            vocabulary is smaller than the tokenizer's.
+        ConfigError: an unknown key in an inline ``model.config``.
+    """
+    stage = int((deepspeed_config or {}).get("zero_optimization", {}).get("stage", 0))
+    dtype = DTYPES[section.dtype]
+    config = _hf_config(section, vocab_tokens)
+    _import_model_class(config, section)
+    with _partitioned_creation(deepspeed_config if stage == 3 else None):
+        if section.path is None:
+            hf = _from_config(config, dtype)
+            initialise(hf, seed)
+        else:
+            hf = _from_weights(section, dtype)
+        _fit_vocabulary(hf, section, vocab_tokens, added_tokens)
+    if section.activation_checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    hf.config.use_cache = True  # a saved config serves generation; training passes use_cache=False itself
+    return PackedCausalLM(hf, use_kernel=_choose_kernel(section, hf.config, device_type))
+
+
+def resolved_commit(model: PackedCausalLM) -> str | None:
+    """The hub commit the weights came from; None for a local folder or random weights."""
+    commit = getattr(model.hf.config, "_commit_hash", None)
+    return None if commit is None else str(commit)
+
+
+@contextlib.contextmanager
+def _partitioned_creation(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
+    """While open, transformers creates and loads models under ``deepspeed.zero.Init`` (None: does nothing).
+
+    transformers holds the configuration by a weak reference only, so it ends with this context: a plain model loaded
+    later in the same process (an export's check) is not partitioned.
+    """
+    if deepspeed_config is None:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    alive = HfDeepSpeedConfig(deepspeed_config)
+    try:
+        yield
+    finally:
+        del alive
+
+
+def _hf_config(section: ModelSection, vocab_tokens: int) -> Any:
+    from transformers import AutoConfig
+
+    if isinstance(section.config, dict):
+        return _inline_config(section.config, vocab_tokens)
+    source = section.path if section.path is not None else section.config
+    assert source is not None
+    try:
+        return AutoConfig.from_pretrained(
+            source, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(source, error) from error
+
+
+def _inline_config(given: dict[str, Any], vocab_tokens: int) -> Any:
+    """A config from the keys of the YAML; ``vocab_size`` defaults to the tokenizer's."""
+    from transformers import AutoConfig
+
+    keys = dict(given)
+    model_type = keys.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise ConfigError("model.config: the key model_type is missing (llama, qwen3, gpt2, ...).")
+    try:
+        defaults = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise _unloadable("model.config", error, model_type) from error
+    known = set(defaults.to_dict()) | set(defaults.attribute_map) | {"rope_scaling"}
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"model.config: {model_type} has no key {key!r}.{hint}")
+    keys.setdefault("vocab_size", vocab_tokens)
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        default = getattr(defaults, token, None)
+        if isinstance(default, int) and default >= keys["vocab_size"]:
+            keys.setdefault(token, None)  # the default belongs to another vocabulary
+    return AutoConfig.for_model(model_type, **keys)
+
+
+def _import_model_class(config: Any, section: ModelSection) -> None:
+    """Import the model's class now: a first import under ``deepspeed.zero.Init`` fails (patched constructors)."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if section.trust_remote_code and getattr(config, "auto_map", None):
+        return
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{section.path or 'model.config'}: {config.model_type} is not a causal language model in the installed "
+            "transformers."
+        )
+    assert MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] is not None
+
+
+def _from_config(config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _from_weights(section: ModelSection, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    assert section.path is not None
+    try:
+        hf, report = AutoModelForCausalLM.from_pretrained(
+            section.path,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(section.path, error) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{section.path}: {len(missing)} weights of {hf.config.model_type} are not in its files (first: "
+            f"{missing[0]}); training would start from random values for them. Check that the folder is complete."
+        )
+    return hf
+
+
+def _fit_vocabulary(hf: Any, section: ModelSection, vocab_tokens: int, added_tokens: int) -> None:
+    """Give every token id a row; rows of added tokens start at the mean of the rows before them."""
+    rows = int(hf.config.get_text_config().vocab_size)
+    origin = section.path or "model.config"
+    if vocab_tokens - added_tokens > rows:
+        raise ModelError(
+            f"{origin}: the tokenizer produces {vocab_tokens - added_tokens} ids but the model has {rows} rows: they "
+            "do not belong together. Set model.tokenizer to the model's own tokenizer."
+        )
+    if added_tokens > 0:
+        resize_vocabulary(hf, max(rows, vocab_tokens), first_new=vocab_tokens - added_tokens, end_new=vocab_tokens)
+
+
+def _choose_kernel(section: ModelSection, config: Any, device_type: str) -> bool:
+    """Whether attention runs through the variable-length kernel; says so where CUDA has to do without."""
+    if section.attention == "sdpa":
+        return False
+    text = config.get_text_config()
+    reasons = []
+    if device_type != "cuda":
+        reasons.append(f"it needs CUDA and this run is on {device_type}")
+    if section.dtype == "fp32":
+        reasons.append("it needs model.dtype bf16")
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        reasons.append("it has no attention soft-capping, which this model uses")
+    if any(getattr(text, key, 0.0) for key in ("attention_dropout", "attn_pdrop")):
+        reasons.append("it has no attention dropout, which this model's config sets")
+    if not reasons:
+        return True
+    if section.attention == "varlen":
+        raise ModelError(f"model.attention: varlen cannot be used, {'; '.join(reasons)}. Use auto or sdpa.")
+    if device_type == "cuda":
+        logger.warning("attention: one call per document instead of the varlen kernel: %s", "; ".join(reasons))
+    return False
+
+
+def _unloadable(origin: str, error: Exception, model_type: str | None = None) -> ModelError:
+    """The error for a model that transformers does not load: unknown type, or no such folder or hub name."""
+    import transformers
+
+    config_file = Path(origin) / "config.json" if Path(origin).is_dir() else Path(origin)
+    if config_file.is_file():
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+            model_type = json.loads(config_file.read_bytes()).get("model_type")
+    if model_type is not None and model_type not in transformers.CONFIG_MAPPING:
+        return ModelError(
+            f"{origin}: model type {model_type!r} is not known to the installed transformers {transformers.__version__}; "
+            "install a version that knows it, or check the spelling of model_type."
+        )
+    reason = str(error).strip().split("\n")[0][:300]
+    return ModelError(f"{origin}: no model could be loaded from this folder, config file or hub name: {reason}")
