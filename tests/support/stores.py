@@ -1,0 +1,44 @@
+"""Token stores for tests, without a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dsft.store.collect import collect_manifest
+from dsft.store.layout import token_dtype
+from dsft.store.manifest import write_manifest
+from dsft.store.reader import SourceStore
+from dsft.store.types import Document
+from dsft.store.writer import ShardWriter
+
+
+def text_document(ids: Sequence[int]) -> Document:
+    """A document that is supervised whole, as raw text is."""
+    return Document(
+        np.array(ids, np.int32), np.array([[0, len(ids)]], np.int32), np.ones(1, np.float32), num_bytes=4 * len(ids)
+    )
+
+
+def write_store(
+    folder: Path,
+    documents: Sequence[Document],
+    *,
+    num_shards: int = 1,
+    name: str = "source",
+    vocab_tokens: int = 1000,
+) -> SourceStore:
+    """Write documents to a store, cut in order into ``num_shards`` shards of nearly equal counts, and open it."""
+    borders = [round(position * len(documents) / num_shards) for position in range(num_shards + 1)]
+    for shard in range(num_shards):
+        writer = ShardWriter(folder, shard, token_dtype(vocab_tokens), f"raw-{shard}")
+        for document in documents[borders[shard] : borders[shard + 1]]:
+            writer.add(document)
+        writer.close()
+    manifest = collect_manifest(
+        folder, name=name, recipe={"test": True}, listing="", vocab_tokens=vocab_tokens, num_shards=num_shards
+    )
+    write_manifest(folder, manifest)
+    return SourceStore(folder)
