@@ -220,7 +220,7 @@ def _shuffled(items: list[Any]) -> list[Any]:
 
 def _lines(records: list[dict[str, Any]]) -> Iterator[bytes]:
     for record in records:
-        yield json.dumps(record, ensure_ascii=False).encode("utf-8", errors="surrogatepass") + b"\n"
+        yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
 def _write_shards(folder: Path, split: str, records: list[dict[str, Any]]) -> dict[str, str]:

@@ -80,14 +80,25 @@ def _public_definitions(prefix: str, tree: ast.Module | ast.ClassDef) -> Iterato
 
 def _pairs_of_definition(module: str, name: str, node: _Definition) -> Iterator[Pair]:
     doc = first_paragraph(node)
-    what = "class" if isinstance(node, ast.ClassDef) else "function"
+    what = _what(node)
     if doc is not None:
-        question = f"What is the class `{name}` for?" if what == "class" else f"What does `{name}` do?"
-        yield Pair("purpose", name, question, doc, doc)
+        questions = {
+            "class": f"What is the class `{name}` for?",
+            "function": f"What does `{name}` do?",
+            "property": f"What is the property `{name}`?",
+        }
+        yield Pair("purpose", name, questions[what], doc, doc)
         sentence = doc.partition(". ")[0].rstrip(".")
         yield Pair("lookup", name, f"Which {what} of `{module}` is described so: {sentence}?", f"`{name}`", doc)
-    if not isinstance(node, ast.ClassDef):
+    if what == "function" and not isinstance(node, ast.ClassDef):
         text = signature(name, node)
         if len(text) <= _MAX_SIGNATURE_CHARACTERS:
             bare = signature(node.name, node)
             yield Pair("signature", name, f"What is the signature of `{name}`?", f"`{text}`", bare)
+
+
+def _what(node: _Definition) -> str:
+    if isinstance(node, ast.ClassDef):
+        return "class"
+    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+    return "property" if any(decorator.endswith("property") for decorator in decorators) else "function"
