@@ -1,0 +1,303 @@
+"""The only user of torch.distributed: starts the process group and offers the few collectives that dsft needs.
+
+Everything here runs on a gloo group over the CPU (the control group), so that no device is waited for. Objects travel
+as JSON and floats as the bits of an int64, never as pickles. The model's own collectives are DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+import dsft.errors
+from dsft.errors import DsftError, LaunchError, TrainingError
+from dsft.world import World, check_world_size, discover_world
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed
+
+__all__ = ["Groups", "PendingControl", "World", "check_world_size", "discover_world", "from_bits", "init", "to_bits"]
+
+DeviceType = Literal["cpu", "cuda"]
+CONTROL_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others. Longer than any phase in which ranks work alone (they poll there instead)."""
+
+
+def to_bits(values: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """The bits of float64[k] as int64[k], so that floats can travel beside integers in one control vector."""
+    return np.ascontiguousarray(values, dtype=np.float64).view(np.int64)
+
+
+def from_bits(bits: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Inverse of :func:`to_bits`, any shape."""
+    return np.ascontiguousarray(bits, dtype=np.int64).view(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingControl:
+    """An all-gather that is on its way."""
+
+    work: torch.distributed.Work
+    parts: list[torch.Tensor]
+
+    def wait(self) -> npt.NDArray[np.int64]:
+        """Wait for every rank's vector: int64[R, k], row r is rank r's. Raises TrainingError when a rank is gone."""
+        _wait(self.work)
+        return np.stack([part.numpy() for part in self.parts])
+
+
+class Groups:
+    """The control group of a started run. Every method is collective unless it says otherwise.
+
+    Attributes:
+        world: who this rank is.
+        device: torch device of this rank's model ("cpu" or "cuda:<index>").
+    """
+
+    def __init__(self, world: World, device: torch.device, control: torch.distributed.ProcessGroup) -> None:
+        self.world = world
+        self.device = device
+        self._control = control
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return self.world.rank
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return self.world.size
+
+    def post(self, vector: npt.NDArray[np.int64]) -> PendingControl:
+        """Begin an all-gather of int64[k] (k alike on every rank) and return at once."""
+        import torch
+
+        assert vector.dtype == np.int64, vector.dtype
+        assert vector.ndim == 1, vector.shape
+        return self._post(torch.from_numpy(vector.copy()))
+
+    def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Sum float64[k] over ranks, added in rank order, so that every rank gets the same bits."""
+        parts = from_bits(self.post(to_bits(values)).wait())
+        total: npt.NDArray[np.float64] = parts[0].copy()
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Everyone's JSON value, by rank. Tuples come back as lists."""
+        import torch
+
+        data = np.frombuffer(json.dumps(value).encode(), dtype=np.int8)
+        lengths = self.post(np.array([data.size], dtype=np.int64)).wait()[:, 0]
+        padded = torch.zeros(int(lengths.max()), dtype=torch.int8)
+        padded[: data.size] = torch.from_numpy(data.copy())
+        pending = self._post(padded)
+        _wait(pending.work)
+        return [
+            json.loads(part.numpy()[:length].tobytes()) for part, length in zip(pending.parts, lengths, strict=True)
+        ]
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's JSON value on every rank; what the others pass is not looked at."""
+        return self.all_gather_object(value if self.rank == 0 else None)[0]
+
+    def agree(self, error: DsftError | None) -> None:
+        """Fail together: if any rank brings an error, every rank raises the first one, with that rank's name in it.
+
+        For work that ranks do alone and that may fail on one of them: catch, then call this on every rank.
+        """
+        mine = None
+        if error is not None:
+            mine = {"kind": type(error).__name__, "text": str(error), "host": socket.gethostname()}
+        for rank, theirs in enumerate(self.all_gather_object(mine)):
+            if theirs is not None:
+                where = f" (rank {rank} on {theirs['host']})" if self.size > 1 else ""
+                kind: type[DsftError] = getattr(dsft.errors, theirs["kind"])
+                raise kind(theirs["text"] + where) from error
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.post(np.zeros(1, dtype=np.int64)).wait()
+
+    def close(self) -> None:
+        """Leave the process group. Only on the clean path: after a failure the process just ends."""
+        import torch.distributed as torch_dist
+
+        self.barrier()  # a rank that leaves early would look dead to one that still reads its last message
+        torch_dist.destroy_process_group()
+
+    def _post(self, tensor: torch.Tensor) -> PendingControl:
+        import torch
+        import torch.distributed as torch_dist
+
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        try:
+            work = torch_dist.all_gather(parts, tensor, group=self._control, async_op=True)
+        except RuntimeError as error:
+            raise _rank_lost(error) from error
+        assert work is not None
+        return PendingControl(work, parts)
+
+
+def _wait(work: torch.distributed.Work) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise _rank_lost(error) from error
+
+
+def _rank_lost(error: RuntimeError) -> TrainingError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return TrainingError(
+        f"another rank is gone or did not answer ({reason}). Its own output, above this line or in its log, says why; "
+        "this rank cannot go on without it."
+    )
+
+
+def init(world: World, device_type: DeviceType) -> Groups:
+    """Start the process group through DeepSpeed (gloo on the CPU, NCCL on CUDA) and a gloo control group beside it.
+
+    Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, so that no library
+    guesses for itself.
+
+    Raises:
+        LaunchError: no address could be found, no such device, or the ranks do not find each other.
+    """
+    world = with_address(world)
+    export_world(world, device_type)
+    import torch
+
+    if device_type == "cuda":
+        device = torch.device("cuda", _cuda_index(world))
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the device's number
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    deepspeed = importlib.import_module("deepspeed")
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device_type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+        return control_group(world, device)
+    except (RuntimeError, ValueError) as error:
+        raise LaunchError(
+            f"rank {world.rank} of {world.size} on {socket.gethostname()} could not join the others at "
+            f"{world.master_addr}:{world.master_port}: {str(error).strip().splitlines()[0]}. Check that the host is "
+            "reachable from every node, that no other run uses the port (set MASTER_PORT), and, with several network "
+            "cards, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
+        ) from error
+
+
+def control_group(world: World, device: torch.device) -> Groups:
+    """Make the gloo control group on top of a process group that is started already."""
+    import torch.distributed as torch_dist
+
+    actual = (torch_dist.get_rank(), torch_dist.get_world_size())
+    if actual != (world.rank, world.size):
+        raise LaunchError(
+            f"the process group says rank {actual[0]} of {actual[1]}, the launcher said rank {world.rank} of "
+            f"{world.size}. Start the run through one launcher only."
+        )
+    control = torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    assert control is not None
+    return Groups(world, device, control)
+
+
+def export_world(world: World, device_type: DeviceType) -> None:
+    """Write the world into ``os.environ`` for DeepSpeed and torch. Not collective.
+
+    Raises:
+        LaunchError: DS_ACCELERATOR names another device than the run uses.
+    """
+    assert world.master_addr is not None
+    assert world.master_port is not None
+    accelerator = os.environ.setdefault("DS_ACCELERATOR", device_type)
+    if accelerator != device_type:
+        raise LaunchError(
+            f"DS_ACCELERATOR={accelerator} is set, but this run uses {device_type}. Unset it, or choose that device."
+        )
+    os.environ.update(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.size),
+        LOCAL_RANK=str(world.local_rank),
+        LOCAL_SIZE=str(world.local_size),
+        LOCAL_WORLD_SIZE=str(world.local_size),
+        MASTER_ADDR=world.master_addr,
+        MASTER_PORT=str(world.master_port),
+    )
+
+
+def with_address(world: World) -> World:
+    """Fill in the address of rank 0 where the launcher gave none. Collective over MPI under ``mpirun`` alone."""
+    if world.master_addr is not None and world.master_port is not None:
+        return world
+    if world.launcher == "alone":
+        return replace(world, master_addr="127.0.0.1", master_port=_free_port())
+    try:
+        mpi = importlib.import_module("mpi4py.MPI")
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            f"mpirun gave no address of rank 0 and mpi4py cannot ask for it ({error}). Pass both to every rank: "
+            "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<free port> ... (MPICH: -genv NAME VALUE)."
+        ) from error
+    communicator = mpi.COMM_WORLD
+    found = (communicator.Get_rank(), communicator.Get_size())
+    if found != (world.rank, world.size):
+        raise LaunchError(
+            f"mpirun's variables say rank {world.rank} of {world.size}, but mpi4py says rank {found[0]} of {found[1]}: "
+            "mpi4py was made for another MPI than this mpirun. Pass MASTER_ADDR and MASTER_PORT to every rank instead."
+        )
+    address, port = communicator.bcast(
+        (_own_address(all_local=world.local_size == world.size), _free_port()) if world.rank == 0 else None
+    )
+    # MPI was needed for this one message. Left open, a rank that fails later would wait for the others at its exit.
+    mpi.Finalize()
+    return replace(world, master_addr=address, master_port=port)
+
+
+def _own_address(*, all_local: bool) -> str:
+    """An address of this host that the other hosts can reach."""
+    if all_local:
+        return "127.0.0.1"
+    import psutil
+
+    wanted = (os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME") or "").split(",")[0]
+    up = psutil.net_if_stats()
+    for name, addresses in psutil.net_if_addrs().items():
+        if (wanted and name != wanted) or not up[name].isup:
+            continue
+        for address in addresses:
+            if address.family == socket.AF_INET and not address.address.startswith("127."):
+                return str(address.address)
+    return socket.gethostname()
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _cuda_index(world: World) -> int:
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 1:
+        return 0  # srun --gpus-per-task=1 shows each rank only its own device
+    if world.local_rank >= count:
+        raise LaunchError(
+            f"rank {world.rank} is number {world.local_rank} on {socket.gethostname()}, which shows {count} CUDA "
+            "devices. Start at most one rank per device, or check CUDA_VISIBLE_DEVICES."
+        )
+    return world.local_rank

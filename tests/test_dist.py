@@ -1,0 +1,107 @@
+"""The control group: gathers, sums and agreement over real gloo ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from dsft.dist import Groups, from_bits, to_bits
+from dsft.errors import DataError, SaveError, TrainingError
+from tests.support.ranks import RankError, run_ranks
+
+
+def gather_everything(groups: Groups) -> dict[str, object]:
+    first = groups.post(np.array([groups.rank, -1], dtype=np.int64))
+    second = groups.post(np.array([groups.rank * 10], dtype=np.int64))  # two on their way at once
+    total = groups.sum(np.array([0.1 * (groups.rank + 1), 1e16 if groups.rank == 0 else 1.0]))
+    return {
+        "second": second.wait().tolist(),
+        "first": first.wait().tolist(),
+        "sum": [float(value).hex() for value in total],
+        "objects": groups.all_gather_object({"rank": groups.rank, "text": "ü" * groups.rank * 100}),
+        "broadcast": groups.broadcast_object([groups.rank, "from zero"]),
+        "pid": os.getpid(),
+    }
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_every_rank_gets_the_same(num_ranks: int) -> None:
+    results = run_ranks(gather_everything, num_ranks, timeout_seconds=60)
+    for result in results:
+        assert result["first"] == [[rank, -1] for rank in range(num_ranks)]
+        assert result["second"] == [[rank * 10] for rank in range(num_ranks)]
+        assert result["objects"] == [{"rank": rank, "text": "ü" * rank * 100} for rank in range(num_ranks)]
+        assert result["broadcast"] == [0, "from zero"]
+        assert result["sum"] == results[0]["sum"]
+    expected = [0.0, 0.0]
+    for rank in range(num_ranks):
+        expected = [expected[0] + 0.1 * (rank + 1), expected[1] + (1e16 if rank == 0 else 1.0)]
+    assert results[0]["sum"] == [value.hex() for value in expected]  # added one after the other, in rank order
+
+
+def test_processes_stay_warm() -> None:
+    first = {result["pid"] for result in run_ranks(gather_everything, 2)}
+    started = time.monotonic()
+    second = {result["pid"] for result in run_ranks(gather_everything, 2)}
+    assert first == second or len(first | second) <= 3
+    assert time.monotonic() - started < 5
+
+
+def fail_on_rank_one(groups: Groups) -> None:
+    groups.agree(SaveError("the disk of this host is full") if groups.rank == 1 else None)
+
+
+def test_one_failure_is_everyones_failure() -> None:
+    with pytest.raises(SaveError, match=r"disk of this host is full \(rank 1 on ") as caught:
+        run_ranks(fail_on_rank_one, 2, timeout_seconds=60)
+    assert "rank 0" in str(caught.value.__cause__)  # both raised it
+    assert "rank 1" in str(caught.value.__cause__)
+
+
+def die_on_rank_one(groups: Groups) -> str:
+    if groups.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        groups.barrier()
+    except TrainingError as error:
+        return str(error)
+    return "nothing noticed"
+
+
+def test_a_dead_rank_is_noticed() -> None:
+    with pytest.raises(RankError, match="exit code -9"):
+        run_ranks(die_on_rank_one, 2, timeout_seconds=60)
+
+
+def sleep_on_rank_one(groups: Groups) -> None:
+    if groups.rank == 1:
+        time.sleep(600)
+
+
+def test_a_hanging_rank_is_killed() -> None:
+    started = time.monotonic()
+    with pytest.raises(RankError, match="rank 1 was still running"):
+        run_ranks(sleep_on_rank_one, 2, timeout_seconds=4)
+    assert time.monotonic() - started < 30
+
+
+def raise_alone(groups: Groups) -> None:
+    if groups.rank == 1:
+        raise DataError("line 7")
+    groups.barrier()
+
+
+def test_an_exception_comes_back_as_it_was() -> None:
+    with pytest.raises((DataError, TrainingError)) as caught:
+        run_ranks(raise_alone, 2, timeout_seconds=60)
+    assert "line 7" in str(caught.value.__cause__)
+
+
+def test_floats_travel_as_bits() -> None:
+    values = np.array([0.0, -0.0, 1e-310, np.inf, np.nan, 0.1])
+    assert to_bits(values).dtype == np.int64
+    assert from_bits(to_bits(values)).tobytes() == values.tobytes()
