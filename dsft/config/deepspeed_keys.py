@@ -52,7 +52,7 @@ REFUSED_KEYS = {
     "bfloat16": "this is the old name; write bf16",
     "amp": "model.dtype in the YAML decides the precision",
     "torch_autocast": "model.dtype in the YAML decides the precision",
-    "activation_checkpointing": "it has no effect on Hugging Face models; set model.activation_checkpointing in the YAML",
+    "activation_checkpointing": "Hugging Face models ignore it; set model.activation_checkpointing in the YAML",
     "data_efficiency": _DATA,
     "curriculum_learning": _DATA,
     "autotuning": "dsft does not run under DeepSpeed's autotuner",

@@ -6,7 +6,7 @@ import re
 from decimal import Decimal
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _PATTERN = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([KMBT]?)\s*$")
@@ -29,7 +29,11 @@ def parse_count(value: object) -> int:
     return int(number)
 
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0, json_schema_extra={"type": ["integer", "string"]})]
-PositiveCount = Annotated[
-    int, BeforeValidator(parse_count), Field(ge=1, json_schema_extra={"type": ["integer", "string"]})
-]
+def _count_schema(minimum: int) -> WithJsonSchema:
+    """What editors are told of a count: a number, or text with a suffix."""
+    suffixed = {"type": "string", "pattern": r"^\s*[0-9][0-9_]*(\.[0-9]+)?([eE][+-]?[0-9]+)?\s*[KMBT]?\s*$"}
+    return WithJsonSchema({"anyOf": [{"type": "number", "minimum": minimum}, suffixed]})
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0), _count_schema(0)]
+PositiveCount = Annotated[int, BeforeValidator(parse_count), Field(ge=1), _count_schema(1)]
