@@ -9,8 +9,10 @@ Two paths: torch's variable-length kernel (CUDA, bf16 or fp16), and one ``scaled
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +60,19 @@ def register_attention() -> None:
 
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _no_mask)
+
+
+@contextlib.contextmanager
+def plain_attention(hf: Any, name: str) -> Iterator[None]:
+    """Inside: the model computes attention as transformers does by ``name`` (generation, comparison); after: packed.
+
+    transformers' own paths know caches and padding masks, which packed attention refuses.
+    """
+    hf.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        hf.set_attn_implementation(ATTENTION_NAME)
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:

@@ -221,8 +221,13 @@ def _unloadable(origin: str, error: Exception, model_type: str | None = None) ->
             model_type = json.loads(config_file.read_bytes()).get("model_type")
     if model_type is not None and model_type not in transformers.CONFIG_MAPPING:
         return ModelError(
-            f"{origin}: model type {model_type!r} is not known to the installed transformers {transformers.__version__}; "
-            "install a version that knows it, or check the spelling of model_type."
+            f"{origin}: model type {model_type!r} is not known to the installed transformers "
+            f"{transformers.__version__}; install a version that knows it, or check the spelling of model_type."
         )
+    if origin.startswith(("/", ".", "~")) and not Path(origin).expanduser().exists():
+        return ModelError(f"{origin}: there is no such model folder. Check model.path or model.config.")
     reason = str(error).strip().split("\n")[0][:300]
-    return ModelError(f"{origin}: no model could be loaded from this folder, config file or hub name: {reason}")
+    return ModelError(
+        f"{origin}: transformers {transformers.__version__} could not load a model from this folder, config file or "
+        f"hub name: {reason}"
+    )

@@ -38,8 +38,10 @@ class PackedCausalLM(nn.Module):
     def __init__(self, hf: Any, use_kernel: bool = False) -> None:
         super().__init__()
         _use_packed_attention(hf)
-        if hf.get_output_embeddings() is None:
-            raise ModelError(f"{hf.config.model_type} has no output embedding: it is not a causal language model.")
+        if hf.get_output_embeddings() is None or hf.base_model is hf:
+            raise ModelError(
+                f"{hf.config.model_type} is not a decoder with an output embedding on top, so it cannot be trained here."
+            )
         install_head(hf)
         self.hf = hf
         self.use_kernel = use_kernel
