@@ -147,7 +147,7 @@ def language_reference() -> dict[str, str]:
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """All records of one split's ``.jsonl.zst`` shards, in order."""
-    records = []
+    records: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.jsonl.zst")):
         data = zstandard.ZstdDecompressor().decompress(path.read_bytes())
         records.extend(json.loads(line) for line in data.split(b"\n") if line)
@@ -156,7 +156,8 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 def _split_by_hash(items: list[Any], group: Any) -> tuple[list[Any], list[Any]]:
     """Training and held-out items. An item's side depends on its group's name alone."""
-    train, held_out = [], []
+    train: list[Any] = []
+    held_out: list[Any] = []
     for item in items:
         digest = hashlib.sha256(group(item).encode()).digest()
         side = held_out if int.from_bytes(digest[:4], "big") % 100 < _HELD_OUT_PERCENT else train
