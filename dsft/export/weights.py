@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft.errors import CheckpointError
-from dsft.model.packed import hf_name
+from dsft.model.parameters import hf_name
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,117 @@
+"""Loss over a held-out token store: every document exactly once, packed, dealt over the ranks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dsft.batch.collate import BatchSpec, collate, filler
+from dsft.batch.types import model_inputs
+from dsft.errors import DataError
+from dsft.evaluate.mode import evaluating
+from dsft.sampling.plan import plan_once
+from dsft.sampling.types import Pieces
+from dsft.store.reader import SourceStore
+
+if TYPE_CHECKING:
+    from dsft.dist import Groups
+    from dsft.model.packed import PackedCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class LossResult:
+    """Loss of a held-out set, equal on all ranks.
+
+    Attributes:
+        loss: mean negative log-likelihood of a supervised token in nats, every token with the same weight (so that it
+            does not change with a ``loss_weight``).
+        perplexity: exp(loss); infinite where that is too large for a float.
+        bits_per_byte: total negative log-likelihood in bits over the UTF-8 bytes of the supervised text, which does
+            not depend on the tokenizer. A document's first token is never predicted and costs nothing, as everywhere
+            in dsft; its bytes count.
+        num_tokens: supervised tokens; num_bytes: their UTF-8 bytes; num_documents: documents measured.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    num_tokens: int
+    num_bytes: int
+    num_documents: int
+
+
+def evaluate_loss(
+    model: PackedCausalLM,
+    store: SourceStore,
+    spec: BatchSpec,
+    groups: Groups,
+    *,
+    device: torch.device,
+    max_documents: int | None = None,
+) -> LossResult:
+    """Measure ``store`` with ``model``; every rank calls it and makes the same number of forwards (ZeRO-3 gathers).
+
+    The packs do not depend on the world size, so the result does not either, up to the order of an fp64 sum.
+
+    Args:
+        spec: how a batch is laid out; its only source is ``store``.
+        max_documents: measure this many documents, spread evenly over the store; None: all.
+
+    Raises:
+        DataError: the set has no supervised token.
+    """
+    chosen = choose_documents(store, max_documents)
+    packs = _packs_of(store, chosen, spec.pack_tokens)
+    rank, num_ranks = groups.world.rank, groups.world.size
+    totals = torch.zeros(2, dtype=torch.float64)
+    with evaluating(model):
+        for first in range(0, len(packs), num_ranks):
+            mine = first + rank
+            batch = collate([packs[mine]], spec) if mine < len(packs) else filler(spec)
+            row_nll = model(**model_inputs(batch, device)).row_nll
+            totals += torch.tensor([row_nll.double().sum().item(), batch.rows.numel()], dtype=torch.float64)
+    nll, num_tokens = groups.sum(totals.numpy()).tolist()
+    if num_tokens == 0:
+        raise DataError(
+            f"held-out set {store.name!r} has no supervised token to measure; check its format and records."
+        )
+    num_bytes = sum(int(store.index(shard).num_bytes[documents].sum()) for shard, documents in enumerate(chosen))
+    loss = nll / num_tokens
+    return LossResult(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        bits_per_byte=nll / math.log(2) / max(num_bytes, 1),
+        num_tokens=int(num_tokens),
+        num_bytes=num_bytes,
+        num_documents=sum(len(documents) for documents in chosen),
+    )
+
+
+def choose_documents(store: SourceStore, max_documents: int | None) -> list[npt.NDArray[np.int64]]:
+    """Document numbers to measure, per shard: all, or ``max_documents`` spread evenly over the whole store."""
+    counts = [len(store.index(shard).lengths) for shard in range(store.num_shards)]
+    total = sum(counts)
+    num_chosen = total if max_documents is None else min(max_documents, total)
+    numbers = np.arange(num_chosen, dtype=np.int64) * total // max(num_chosen, 1)
+    starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    return [numbers[(numbers >= a) & (numbers < b)] - a for a, b in itertools.pairwise(starts)]
+
+
+def _packs_of(store: SourceStore, chosen: list[npt.NDArray[np.int64]], pack_tokens: int) -> list[Pieces]:
+    """Packs of the chosen documents, each document once."""
+    lengths = [store.index(shard).lengths[documents] for shard, documents in enumerate(chosen)]
+    return [_renumbered(pack, chosen) for pack in plan_once(lengths, pack_tokens)]
+
+
+def _renumbered(pack: Pieces, chosen: list[npt.NDArray[np.int64]]) -> Pieces:
+    """The plan numbers the chosen documents of a shard from 0; the store knows them by their own number."""
+    document = np.array(
+        [chosen[shard][number] for shard, number in zip(pack.shard, pack.document, strict=True)], dtype=np.int64
+    )
+    return replace(pack, document=document)
