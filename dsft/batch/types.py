@@ -51,3 +51,17 @@ class StepBatch:
 
     plan: StepPlan
     micro_batches: tuple[PackedBatch, ...]
+
+
+def model_inputs(batch: PackedBatch, device: torch.device) -> dict[str, torch.Tensor | int]:
+    """The keyword arguments of ``PackedCausalLM.forward`` for ``batch``, on ``device``."""
+    tensors = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "cu_seqlens": batch.cu_seqlens,
+        "rows": batch.rows,
+        "targets": batch.targets,
+        "row_weight": batch.row_weight,
+    }
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return {**moved, "max_seqlen": batch.max_seqlen}

@@ -13,23 +13,12 @@ import numpy as np
 from dsft.sampling.types import Pieces
 
 
-def cost_coefficients(num_parameters: int, num_layers: int, attention_width: int) -> tuple[float, float]:
-    """Floating-point operations of one training step of a decoder, as ``(a, b)`` of :func:`pack_cost`.
-
-    Matrix products: 2 a token and parameter forward, 4 backward. Causal attention over a document of l tokens: two
-    products of l^2/2 pairs and ``attention_width`` (heads x head width), 2 operations each, and 2.5 times that
-    backward.
+def pack_cost(pieces: Pieces, a: float, b: float) -> float:
+    """``a * tokens + b * sum(length^2)`` of a pack: matrix products go by tokens, causal attention by pairs of tokens.
 
     Args:
-        num_parameters: parameters that a token meets in matrix products (the active ones of a mixture of experts).
-        num_layers: attention layers.
-        attention_width: query heads times head width.
+        a, b: time (or operations) per token, and per squared token of a document.
     """
-    return 6.0 * num_parameters, 7.0 * num_layers * attention_width
-
-
-def pack_cost(pieces: Pieces, a: float, b: float) -> float:
-    """``a * tokens + b * sum(length^2)`` of a pack."""
     lengths = pieces.length.astype(np.float64)
     return float(a * lengths.sum() + b * np.dot(lengths, lengths))
 

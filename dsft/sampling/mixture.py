@@ -167,4 +167,4 @@ def _concatenate(blocks: list[DrawnDocuments]) -> DrawnDocuments:
     if len(blocks) == 1:
         return blocks[0]
     columns = zip(*(_columns(block) for block in blocks), strict=True)
-    return DrawnDocuments(*(np.concatenate(column) for column in columns))  # type: ignore[arg-type]
+    return DrawnDocuments(*(np.concatenate(column) for column in columns))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -101,7 +102,7 @@ class Planner:
         overlong: Overlong,
         train_tokens: int | None,
     ) -> None:
-        assert stages and all(len(stage.weights) == len(sources) and any(stage.weights) for stage in stages), stages
+        assert all(len(stage.weights) == len(sources) and any(stage.weights) for stage in stages), stages
         self._stages = tuple(stages)
         self._pack_tokens = pack_tokens
         self._global_batch_packs = global_batch_packs
@@ -269,7 +270,7 @@ def plan_once(lengths: Sequence[npt.NDArray[np.int32]], pack_tokens: int) -> lis
     packing = best_fit_decreasing(length, pack_tokens)
     pieces = _make_pieces(documents, row, start, length, packing.pieces)
     bounds = packing.offsets.tolist()
-    return [pieces.take(slice(begin, end)) for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [pieces.take(slice(begin, end)) for begin, end in pairwise(bounds)]
 
 
 def hash_packs(packs: Sequence[Pieces]) -> int:

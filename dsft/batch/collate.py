@@ -1,0 +1,232 @@
+"""From packs to tensors: read the pieces' tokens and supervised spans, and lay them side by side in one row.
+
+Labels are shifted once, per document, before it is cut: row i predicts token i + 1. So the last row of a piece predicts
+the first token of the next piece (its lookahead token), and only the last row of a document predicts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dsft.batch.hashing import hash_row
+from dsft.batch.types import PackedBatch
+from dsft.ops.pack import pack_sequences
+from dsft.sampling.types import Pieces
+from dsft.store.reader import SourceStore
+
+FILLER_TOKENS = 8
+"""Length of the document a rank runs when it has no pack left: short, and long enough for any attention kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSpec:
+    """How packs become tensors.
+
+    Attributes:
+        stores: one per source, in the configuration's order.
+        loss_weights: per source, factor of its rows in the loss; 0: it has no rows.
+        loss_reduction: token: every row counts by its weight; document: the rows of a document are divided by their
+            number in the whole document, also when it was split.
+        pack_tokens: tokens of a pack's place in the row; a row of k packs has ``k * pack_tokens``.
+        pad_id: token of padding and fillers.
+        truncate_overlong: a document ends after ``pack_tokens`` tokens (data.overlong: truncate).
+    """
+
+    stores: tuple[SourceStore, ...]
+    loss_weights: tuple[float, ...]
+    loss_reduction: Literal["token", "document"]
+    pack_tokens: int
+    pad_id: int
+    truncate_overlong: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What the stores hold for some pieces (S of them).
+
+    Attributes:
+        tokens: int32, the pieces one after the other, each with its lookahead token if its document goes on.
+        offsets: int64[S + 1], borders of the pieces in ``tokens``.
+        has_lookahead: bool[S].
+        document_tokens: int64[S], length of the whole document.
+        span_piece: int64[K], ascending: the piece a span belongs to.
+        spans: int64[K, 2], supervised targets of the *whole* document, counted from its start.
+        span_weights: float64[K].
+    """
+
+    tokens: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    has_lookahead: npt.NDArray[np.bool_]
+    document_tokens: npt.NDArray[np.int64]
+    span_piece: npt.NDArray[np.int64]
+    spans: npt.NDArray[np.int64]
+    span_weights: npt.NDArray[np.float64]
+
+
+def collate(packs: Sequence[Pieces], spec: BatchSpec) -> PackedBatch:
+    """Build one micro-batch: a row of ``len(packs) * pack_tokens`` tokens with the pieces of ``packs`` in order.
+
+    Args:
+        packs: at least one.
+
+    Raises:
+        DataError: a store that cannot be read.
+    """
+    assert packs, "a rank without packs runs a filler"
+    pieces = _join(packs)
+    contents = _read(pieces, spec)
+    spans, span_piece, weights = _supervised(pieces, contents, spec)
+    row_tokens = len(packs) * spec.pack_tokens
+    num_pieces = len(pieces.length)
+    input_ids, position_ids, borders, rows, targets, row_weight, row_piece = pack_sequences(
+        torch.from_numpy(contents.tokens),
+        torch.from_numpy(contents.offsets),
+        torch.from_numpy(contents.has_lookahead),
+        torch.from_numpy(spans),
+        torch.from_numpy(_offsets(np.bincount(span_piece, minlength=num_pieces))),
+        torch.from_numpy(weights),
+        row_tokens,
+        spec.pad_id,
+    )
+    num_tokens = int(borders[-2])
+    cu_seqlens = borders if num_tokens < row_tokens else borders[:-1].clone()
+    return PackedBatch(
+        input_ids=input_ids[None],
+        position_ids=position_ids[None],
+        cu_seqlens=cu_seqlens,
+        max_seqlen=int(cu_seqlens.diff().max()),
+        rows=rows,
+        targets=targets,
+        row_weight=row_weight,
+        row_source=torch.from_numpy(pieces.source.astype(np.int64))[row_piece],
+        pieces=pieces,
+        num_tokens=num_tokens,
+        num_padding_tokens=row_tokens - num_tokens,
+        is_filler=False,
+        weight_sum=float(row_weight.double().sum()),
+        data_hash=hash_row(pieces, input_ids.numpy()),
+    )
+
+
+def filler(spec: BatchSpec) -> PackedBatch:
+    """The micro-batch of a rank that has no pack left: one short document that supervises nothing."""
+    none = torch.empty(0, dtype=torch.int64)
+    empty32, empty64 = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
+    return PackedBatch(
+        input_ids=torch.full((1, FILLER_TOKENS), spec.pad_id, dtype=torch.int64),
+        position_ids=torch.arange(FILLER_TOKENS)[None],
+        cu_seqlens=torch.tensor([0, FILLER_TOKENS], dtype=torch.int32),
+        max_seqlen=FILLER_TOKENS,
+        rows=none,
+        targets=none,
+        row_weight=torch.empty(0, dtype=torch.float32),
+        row_source=none,
+        pieces=Pieces(empty32, empty32, empty64, empty64, empty32, empty32),
+        num_tokens=0,
+        num_padding_tokens=FILLER_TOKENS,
+        is_filler=True,
+        weight_sum=0.0,
+        data_hash=0,
+    )
+
+
+def _join(packs: Sequence[Pieces]) -> Pieces:
+    return Pieces(
+        source=np.concatenate([pack.source for pack in packs]),
+        shard=np.concatenate([pack.shard for pack in packs]),
+        document=np.concatenate([pack.document for pack in packs]),
+        start=np.concatenate([pack.start for pack in packs]),
+        length=np.concatenate([pack.length for pack in packs]),
+        epoch=np.concatenate([pack.epoch for pack in packs]),
+    )
+
+
+def _read(pieces: Pieces, spec: BatchSpec) -> _Contents:
+    """Read the pieces, one shard after the other."""
+    num_pieces = len(pieces.length)
+    document_tokens = np.empty(num_pieces, dtype=np.int64)
+    first_token = np.empty(num_pieces, dtype=np.int64)
+    shard_tokens: list[npt.NDArray[np.generic]] = [np.empty(0)] * num_pieces
+    span_pieces, spans, span_weights = [], [], []
+    for rows in _rows_by_shard(pieces):
+        source, shard = int(pieces.source[rows[0]]), int(pieces.shard[rows[0]])
+        index = spec.stores[source].index(shard)
+        documents = pieces.document[rows]
+        document_tokens[rows] = index.lengths[documents]
+        first_token[rows] = index.token_offsets[documents] + pieces.start[rows]
+        stored = np.asarray(spec.stores[source].tokens(shard))
+        for row in rows.tolist():
+            shard_tokens[row] = stored
+        first_span = np.asarray(index.span_offsets)[documents]
+        num_spans = np.asarray(index.span_offsets)[documents + 1] - first_span
+        chosen = _ranges(first_span, num_spans)
+        span_pieces.append(np.repeat(rows, num_spans))
+        spans.append(np.asarray(index.spans)[chosen])
+        span_weights.append(np.asarray(index.span_weights)[chosen])
+    if spec.truncate_overlong:
+        document_tokens = np.minimum(document_tokens, spec.pack_tokens)
+
+    has_lookahead = pieces.start + pieces.length < document_tokens
+    counts = pieces.length.astype(np.int64) + has_lookahead
+    offsets = _offsets(counts)
+    tokens = np.empty(int(offsets[-1]), dtype=np.int32)
+    places = zip(shard_tokens, first_token.tolist(), counts.tolist(), offsets.tolist(), strict=False)
+    for stored, first, count, at in places:
+        tokens[at : at + count] = stored[first : first + count]
+
+    span_piece = np.concatenate(span_pieces)
+    order = np.argsort(span_piece, kind="stable")
+    return _Contents(
+        tokens=tokens,
+        offsets=offsets,
+        has_lookahead=has_lookahead,
+        document_tokens=document_tokens,
+        span_piece=span_piece[order],
+        spans=np.concatenate(spans)[order].astype(np.int64),
+        span_weights=np.concatenate(span_weights)[order].astype(np.float64),
+    )
+
+
+def _supervised(
+    pieces: Pieces, contents: _Contents, spec: BatchSpec
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Spans inside their pieces (int32[K, 2]), the piece of each, and the weight of each one's rows."""
+    piece = contents.span_piece
+    weight = contents.span_weights * np.array(spec.loss_weights, dtype=np.float64)[pieces.source[piece]]
+    begin = np.maximum(contents.spans[:, 0], 1)  # no row predicts token 0
+    end = np.minimum(contents.spans[:, 1], contents.document_tokens[piece])
+    if spec.loss_reduction == "document":
+        supervised = np.where(weight > 0, np.maximum(end - begin, 0), 0)
+        in_document = np.bincount(piece, weights=supervised, minlength=len(pieces.length))
+        weight = weight / np.maximum(in_document, 1)[piece]
+
+    start = pieces.start[piece]
+    begin = np.maximum(begin - start, 1)
+    end = np.minimum(end - start, np.diff(contents.offsets)[piece])
+    kept = (begin < end) & (weight > 0)
+    inside = np.stack([begin[kept], end[kept]], axis=1).astype(np.int32)
+    return inside, piece[kept], weight[kept].astype(np.float32)
+
+
+def _rows_by_shard(pieces: Pieces) -> list[npt.NDArray[np.int64]]:
+    """Row numbers of the pieces, grouped by (source, shard)."""
+    keys = (pieces.source.astype(np.int64) << 32) | pieces.shard
+    order = np.argsort(keys, kind="stable")
+    borders = np.flatnonzero(np.diff(keys[order])) + 1
+    return np.split(order, borders)
+
+
+def _offsets(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+
+
+def _ranges(first: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """``[first[0], ..., first[0] + counts[0] - 1, first[1], ...]``."""
+    offsets = _offsets(counts)
+    return np.arange(offsets[-1], dtype=np.int64) + np.repeat(first - offsets[:-1], counts)
