@@ -26,6 +26,9 @@ class Document:
     lines: dict[Path, int] = field(default_factory=dict)
 
 
+_COLLECTION_TAGS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the 1.2 core schema instead of the 1.1 one."""
 
@@ -66,8 +69,8 @@ def read_yaml(text: str, name: str) -> Document:
     Raises:
         ConfigError: syntax error, duplicate key, key that is not text, or a structure that contains itself.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         document = Document(None)
         if node is not None:
@@ -80,8 +83,6 @@ def read_yaml(text: str, name: str) -> Document:
         raise ConfigError(f"{name}{where}: not valid YAML: {about}.{_advice(text, mark)}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}.") from error
-    finally:
-        loader.dispose()
 
 
 def _advice(text: str, mark: yaml.Mark | None) -> str:
@@ -102,6 +103,8 @@ def _build(
         raise ConfigError(f"{name}, line {node.start_mark.line + 1}: an anchor that contains itself has no value.")
     parents = parents | {id(node)}
     lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.CollectionNode) and node.tag not in _COLLECTION_TAGS:
+        raise ConfigError(f"{name}, line {node.start_mark.line + 1}: not valid YAML: the tag {node.tag} is not known.")
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, (*path, i), lines, name, parents) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):

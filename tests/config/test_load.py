@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsft.config.load import config_differences, config_to_json, load_config, order_keys
+from dsft.config.models import RunConfig
+from dsft.errors import ConfigError
+from tests.support.run_yaml import write_run_yaml
+
+
+def message(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_loads_and_keeps_types(tmp_path: Path) -> None:
+    config = load_config(write_run_yaml(tmp_path))
+    assert config.train.lr == 1e-5
+    assert config.train.tokens == 2_500_000
+    assert config.data.sources[1].path == ("a.jsonl", "b.jsonl")
+    assert config.train.betas == (0.9, 0.95)
+    assert config.file == str(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("seed: 17", "sed: 17", ["line 1", "run.sed: unknown key", "did you mean run.seed?"]),
+        ("  dtype: fp32", "  dtpe: fp32", ["line 4", "model.dtpe: unknown key", "did you mean model.dtype?"]),
+        ("weight: 0.2", "wieght: 0.2", ["line 12", "data.sources.1.wieght", "did you mean data.sources.1.weight?"]),
+        ("model:\n", "lr: 1\nmodel:\n", ["line 2", "lr: unknown key", "lr belongs to train"]),
+        ("seed: 17", "seed: 1.5", ["line 1", "run.seed: expected a whole number, got 1.5"]),
+        ("seed: 17", "seed: true", ["line 1", "run.seed: expected a whole number, got true"]),
+        ("seed: 17", "seed: yes", ["line 1", "run.seed: expected a whole number, got 'yes'"]),
+        ("name: small", "name: 3", ["line 1", "run.name: expected text, got 3"]),
+        ("dtype: fp32", "dtype: fp16", ["line 4", "model.dtype: expected 'fp32' or 'bf16', got 'fp16'"]),
+        ("lr: 1e-5", "lr: [1]", ["line 17", "train.lr: expected a number, got a list"]),
+        ("lr: 1e-5", "lr: -1", ["line 17", "train.lr: expected greater than 0, got -1"]),
+        ("lr: 1e-5", "", ["line 13", "train.lr: this key is required"]),
+        ("tokens: 2.5M", "tokens: 2.5Q", ["line 14", "train.tokens", "2.5Q", "powers of 1000"]),
+        ("tokens: 2.5M", "tokens: 0.5", ["line 14", "train.tokens", "not a whole number"]),
+        ("tokens: 2.5M", "tokens: 0", ["line 14", "train.tokens: expected greater than or equal to 1"]),
+        ("tokens: 2.5M", "", ["line 13", "exactly one of tokens, steps, epochs"]),
+        ("tokens: 2.5M", "epochs: 1", ["train.epochs needs a single source"]),
+        (
+            "path: [a.jsonl, b.jsonl]",
+            "path: 3",
+            ["line 10", "data.sources.1.path: expected text", "or expected a list"],
+        ),
+        ("path: /models/none", "path: null", ["line 2", "either model.path", "or model.config"]),
+        ("name: qa", "name: papers", ["line 7", "two sources share a name", "'papers'"]),
+        ("lr: 1e-5\n", "lr: 1e-5\nlog: 3\n", ["line 18", "log: expected a section", "got 3"]),
+        ("lr: 1e-5", "lr: 1e-5\n  lr: 2e-5", ["line 18", "train.lr is given twice", "line 17"]),
+        ("name: small", "name: a/b", ["line 1", "run.name: expected text that matches"]),
+    ],
+)
+def test_bad_values_name_file_line_key_and_expectation(tmp_path: Path, old: str, new: str, parts: list[str]) -> None:
+    text = message(write_run_yaml(tmp_path, old, new))
+    for part in [*parts, str(tmp_path / "run.yaml")]:
+        assert part in text
+    assert "\n" not in text
+
+
+def test_several_errors_are_listed_and_counted(tmp_path: Path) -> None:
+    path = write_run_yaml(tmp_path, "seed: 17", "a: 1, b: 2, c: 3, d: 4, e: 5, f: 6, seed: x")
+    lines = message(path).splitlines()
+    assert lines[0] == f"{path} has 7 errors:"
+    assert len(lines) == 7
+    assert lines[-1].strip() == "and 2 more"
+
+
+def test_stage_weights_of_an_unknown_source_point_to_the_stage(tmp_path: Path) -> None:
+    stages = "  stages:\n    - {until_tokens: 1M, weights: {qa: 1}}\n    - {until_tokens: 2M, weights: {quiz: 1}}\n"
+    text = message(write_run_yaml(tmp_path, "train:\n", stages + "train:\n"))
+    assert "line 15" in text
+    assert "data.stages.1.weights: no source is called 'quiz'" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("", ["is empty", "run, model, data and train"]),
+        ("# only a comment\n", ["is empty"]),
+        ("- a\n- b\n", ["line 1", "this is a list"]),
+        ("just text\n", ["line 1", "the text 'just text'"]),
+    ],
+)
+def test_files_that_are_no_mapping(tmp_path: Path, content: str, parts: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    for part in parts:
+        assert part in message(path)
+
+
+def test_missing_file_folder_and_binary_file(tmp_path: Path) -> None:
+    write_run_yaml(tmp_path)
+    assert "there is no file" in message(tmp_path / "rum.yaml")
+    assert "run.yaml" in message(tmp_path / "rum.yaml")  # the files that are there are listed
+    assert "is a folder" in message(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in message(tmp_path / "binary.yaml")
+
+
+def test_overrides(tmp_path: Path) -> None:
+    config = load_config(
+        write_run_yaml(tmp_path),
+        [
+            "train.lr=2e-4",
+            "data.sources.0.weight=0.5",
+            "train.schedule.kind=linear",
+            "data.sources.1.path=[x, y]",
+            "log={every_steps: 3}",
+            "train.tokens=null",
+            "train.steps=12",
+            "train.lr=3e-4",
+        ],
+    )
+    assert config.train.lr == 3e-4  # the last one wins
+    assert config.data.sources[0].weight == 0.5
+    assert config.train.schedule.kind == "linear"
+    assert config.data.sources[1].path == ("x", "y")
+    assert config.log.every_steps == 3
+    assert (config.train.tokens, config.train.steps) == (None, 12)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.lrr=1", ["--set train.lrr", "did you mean train.lr?"]),
+        ("train.lr=fast", ["--set train.lr: expected a number, got 'fast'"]),
+        ("train.lr", ["write it as --set section.key=value"]),
+        ("=3", ["write it as --set section.key=value"]),
+        ("train..lr=3", ["write it as --set section.key=value"]),
+        ("data.sources.2.weight=1", ["data.sources is a list of 2", "0 to 1"]),
+        ("data.sources.first.weight=1", ["data.sources is a list of 2"]),
+        ("run.seed.x=1", ["run.seed is the value 17 and has no keys"]),
+        ("train.lr=[1", ["--set train.lr", "not valid YAML"]),
+        ("train.schedule.warmup_steps=1.5", ["--set train.schedule.warmup_steps", "not a whole number"]),
+    ],
+)
+def test_bad_overrides_name_themselves(tmp_path: Path, override: str, parts: list[str]) -> None:
+    text = message(write_run_yaml(tmp_path), override)
+    for part in parts:
+        assert part in text
+    assert "run.yaml" not in text  # the file is not to blame
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    config = load_config(write_run_yaml(tmp_path))
+    values = json.loads(json.dumps(config_to_json(config)))
+    assert config_to_json(RunConfig.model_validate(values)) == values
+    assert values["train"]["tokens"] == 2_500_000
+    assert values["checkpoint"]["keep_last"] == 3  # defaults are stated
+
+
+def test_nothing_of_the_environment_is_in_the_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "not-for-dumps")
+    assert "not-for-dumps" not in json.dumps(config_to_json(load_config(write_run_yaml(tmp_path))))
+
+
+@pytest.mark.parametrize(
+    ("override", "changes_data_order"),
+    [
+        ("run.seed=18", True),
+        ("train.global_batch_packs=8", True),
+        ("data.pack_tokens=512", True),
+        ("data.sources.0.weight=0.7", True),
+        ("data.sources.1.supervise=all", True),
+        ("data.window_tokens=1M", True),
+        ("model.add_tokens=[<x>]", True),
+        ("data.sources.0.loss_weight=2", False),
+        ("data.store_dir=elsewhere", False),
+        ("data.bad_records=skip", False),
+        ("train.tokens=3M", False),
+        ("train.lr=1", False),
+        ("train.micro_batch_packs=1", False),
+        ("log.every_steps=5", False),
+        ("checkpoint.every_steps=5", False),
+        ("evaluate.every_steps=5", False),
+        ("run.dir=elsewhere", False),
+    ],
+)
+def test_differences_say_what_changes_the_data_order(tmp_path: Path, override: str, changes_data_order: bool) -> None:
+    path = write_run_yaml(tmp_path)
+    old, new = load_config(path), load_config(path, [override])
+    differences = config_differences(config_to_json(old), config_to_json(new))
+    assert [d.changes_data_order for d in differences] == [changes_data_order]
+    assert differences[0].key.startswith(override.split("=")[0])
+    assert (order_keys(config_to_json(old)) != order_keys(config_to_json(new))) == changes_data_order
+
+
+def test_differences_of_absent_keys(tmp_path: Path) -> None:
+    path = write_run_yaml(tmp_path)
+    old = config_to_json(load_config(path))
+    new = config_to_json(load_config(path, ["data.stages=[{until_tokens: 1M, weights: {qa: 1}}]"]))
+    found = {d.key: (d.old, d.new) for d in config_differences(old, new)}
+    assert found["data.stages.0.weights.qa"] == (None, 1.0)
+    assert not config_differences(old, old)
