@@ -40,7 +40,7 @@ class PackedCausalLM(nn.Module):
         _use_packed_attention(hf)
         if hf.get_output_embeddings() is None or hf.base_model is hf:
             raise ModelError(
-                f"{hf.config.model_type} is not a decoder with an output embedding on top, so it cannot be trained here."
+                f"{hf.config.model_type} is not a decoder with an output embedding on top: it cannot be trained."
             )
         install_head(hf)
         self.hf = hf
