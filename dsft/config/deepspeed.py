@@ -77,8 +77,14 @@ def build_deepspeed_config(config: RunConfig, world_size: int, device_type: str)
             )
         _set(merged, keys, value)
     _fill_auto(merged, given)
+    if not _get(merged, ("zero_optimization", "stage")):
+        raise ConfigError(
+            f"{given.place(('zero_optimization', 'stage'))} is 0 or missing: dsft needs ZeRO stage 1, 2 or 3, because "
+            "DeepSpeed without ZeRO reports no gradient norm and does not skip a step whose gradient is not finite. "
+            "Stage 1 costs nothing more, on a single rank either."
+        )
     if config.model.dtype == "bf16":
-        _accumulate_in_fp32(merged, given)
+        _accumulate_in_fp32(merged)
     merged.setdefault("steps_per_print", 10**9)  # dsft logs; DeepSpeed's own lines would only repeat it
     _fit_to_device(merged, device_type)
     return merged
@@ -181,19 +187,12 @@ def _fill_auto(values: dict[str, Any], given: _Json, prefix: Keys = ()) -> None:
             values[key] = _AUTO_VALUES[keys]
 
 
-def _accumulate_in_fp32(values: dict[str, Any], given: _Json) -> None:
+def _accumulate_in_fp32(values: dict[str, Any]) -> None:
     """Sum gradients in fp32, over micro-batches and over ranks, unless the JSON says otherwise.
 
     DeepSpeed's default is the model's dtype: over 64 micro-batches that doubles the gradient's error.
     """
-    stage = values.get("zero_optimization", {}).get("stage", 0)
-    accumulate = values.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-    if stage == 0 and accumulate == "fp32":
-        raise ConfigError(
-            f"{given.place(('zero_optimization', 'stage'))}: DeepSpeed cannot sum bf16 gradients in fp32 without ZeRO. "
-            'Use stage 1 or higher, or model.dtype: fp32, or say "data_types": {"grad_accum_dtype": "bf16"} and accept '
-            "a gradient that is less exact."
-        )
+    values.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     values.setdefault("communication_data_type", "fp32")
 
 

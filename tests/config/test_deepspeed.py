@@ -131,6 +131,7 @@ def test_agreeing_keys_are_no_conflict(tmp_path: Path) -> None:
             "gradient_accumulation_steps": 2,
             "gradient_clipping": 1.0,
             "bf16": {"enabled": False},
+            "zero_optimization": {"stage": 1},
         },
     )
     assert merged["train_batch_size"] == 8
@@ -181,9 +182,9 @@ def test_conflicts_and_refusals_name_both_places(tmp_path: Path, text: str, part
         assert part in found
 
 
-def test_bf16_without_zero_is_refused(tmp_path: Path) -> None:
-    text = '{"zero_optimization": {"stage": 0}}'
-    assert "cannot sum bf16 gradients in fp32 without ZeRO" in refusal(tmp_path, text, "model.dtype=bf16")
+@pytest.mark.parametrize("text", ['{"zero_optimization": {"stage": 0}}', '{"zero_optimization": {}}', "{}"])
+def test_without_zero_is_refused(tmp_path: Path, text: str) -> None:
+    assert "dsft needs ZeRO stage 1, 2 or 3" in refusal(tmp_path, text)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
