@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -67,3 +68,66 @@ def save_error(path: Path, error: OSError) -> SaveError:
     else:
         advice = "check the file system"
     return SaveError(f"cannot write {path}: {error.strerror or error}. Nothing half-written was left; {advice}.")
+
+
+class HashedFile:
+    """A new binary file that hashes what is written to it and is on the disk once the ``with`` block is left.
+
+    Not atomic: for files inside a folder that becomes visible as a whole by a later rename. Only sequential writes.
+
+    Attributes:
+        num_bytes: bytes written so far.
+        sha256: hex digest of them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_bytes = 0
+        self._hash = hashlib.sha256()
+        self._file = open(path, "xb")  # noqa: SIM115  (closed by __exit__)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append ``data``."""
+        self._hash.update(data)
+        written = self._file.write(data)
+        self.num_bytes += written
+        return written
+
+    def flush(self) -> None:
+        """Hand what is buffered to the operating system."""
+        self._file.flush()
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what was written so far."""
+        return self._hash.hexdigest()
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def hash_file(path: Path) -> tuple[int, str]:
+    """Length in bytes and hex sha256 of a file. Raises OSError when it cannot be read."""
+    digest, num_bytes = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            num_bytes += len(block)
+    return num_bytes, digest.hexdigest()
+
+
+def fsync_file(path: Path) -> None:
+    """Put a file that another library wrote on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -141,7 +141,7 @@ def _raise_failures(outcomes: Sequence[tuple[str, Any, str]]) -> None:
     if not texts:
         return
     cause = RankError("\n".join(texts))
-    if not any(kind in ("died", "hung") for kind, _, _ in outcomes) or "died" not in {kind for kind, _, _ in outcomes}:
+    if not any(kind == "died" for kind, _, _ in outcomes):
         for kind, data, _ in outcomes:
             if kind == "raised" and data is not None:
                 raise pickle.loads(data) from cause
