@@ -87,12 +87,12 @@ def verify_shard(store: SourceStore, shard: int) -> None:
     expected = read_index_file(index_path(store.folder, shard)).arrays["block_crc32"]
     data = store.tokens(shard).view(np.uint8)
     for block in range(-(-len(data) // BLOCK_BYTES)):
-        found = zlib.crc32(data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES])
+        found = zlib.crc32(data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES].tobytes())
         if found != expected[block]:
             raise DataError(
-                f"{tokens_path(store.folder, shard)}: block {block} (bytes {block * BLOCK_BYTES} on) has crc32 {found:08x} "
-                f"and was written with {int(expected[block]):08x}: the file was damaged after it was prepared. Remove it "
-                "and its .index and run `dsft prepare` again."
+                f"{tokens_path(store.folder, shard)}: block {block} (bytes {block * BLOCK_BYTES} on) has crc32 "
+                f"{found:08x} and was written with {int(expected[block]):08x}: the file was damaged after it "
+                f"was prepared. Remove it and its .index and run `dsft prepare` again."
             )
 
 
@@ -115,10 +115,10 @@ def read_index_file(path: Path) -> IndexFile:
         raise DataError(f"{path} is damaged ({error}); remove it and run `dsft prepare` again.") from error
     if metadata.get("version") != STORE_VERSION:
         raise DataError(
-            f"{path} is of store version {metadata.get('version')} and this dsft reads version {STORE_VERSION}; remove the "
-            "folder and run `dsft prepare` again."
+            f"{path} is of store version {metadata.get('version')} and this dsft reads version {STORE_VERSION}; "
+            f"remove the folder and run `dsft prepare` again."
         )
-    return IndexFile(metadata, arrays, zlib.crc32(body))
+    return IndexFile(metadata, arrays, zlib.crc32(body.tobytes()))
 
 
 def _array(body: npt.NDArray[np.uint8], entry: dict[str, Any]) -> npt.NDArray[Any]:
@@ -158,8 +158,8 @@ def _checked_tokens(folder: Path, manifest: Manifest, shard: int) -> npt.NDArray
         raise DataError(f"{path} is missing from the token store; run `dsft prepare` again.") from error
     if found_bytes != expected_bytes:
         raise DataError(
-            f"{path} has {found_bytes} bytes and its index describes {expected_bytes}: it was cut or replaced; remove it "
-            "and its .index and run `dsft prepare` again."
+            f"{path} has {found_bytes} bytes and its index describes {expected_bytes}: it was cut or replaced; "
+            f"remove it and its .index and run `dsft prepare` again."
         )
     if expected_bytes == 0:
         return np.empty(0, dtype)

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,10 +67,11 @@ class ShardWriter:
         assert num_tokens >= 1
         assert int(document.ids.min()) >= 0
         assert int(document.ids.max()) <= np.iinfo(self._dtype).max
-        assert spans.ndim == 2 and spans.shape[1] == 2 and len(spans) == len(document.span_weights)
+        assert spans.shape == (len(document.span_weights), 2)
         edges = spans.ravel()
         assert len(edges) == 0 or (edges[0] >= 0 and edges[-1] <= num_tokens)
-        assert bool((spans[:, 0] < spans[:, 1]).all()) and bool((spans[1:, 0] >= spans[:-1, 1]).all())
+        assert bool((spans[:, 0] < spans[:, 1]).all())
+        assert bool((spans[1:, 0] >= spans[:-1, 1]).all())
         self._write(document.ids.astype(self._dtype).tobytes())
         self._lengths.append(num_tokens)
         self._num_bytes.append(document.num_bytes)
@@ -124,7 +126,7 @@ class ShardWriter:
         span_offsets = np.zeros(len(self._lengths) + 1, np.int64)
         np.cumsum(np.array(self._span_counts, np.int64), out=span_offsets[1:])
         lengths = np.array(self._lengths, np.int32)
-        arrays = {
+        arrays: dict[str, npt.NDArray[Any]] = {
             "lengths": lengths,
             "num_bytes": np.array(self._num_bytes, np.int32),
             "span_offsets": span_offsets,
@@ -139,7 +141,7 @@ class ShardWriter:
             "num_documents": len(lengths),
             "num_tokens": int(lengths.sum(dtype=np.int64)),
             "num_targets": self._num_targets,
-            "num_bytes": int(arrays["num_bytes"].sum(dtype=np.int64)),
+            "num_bytes": sum(self._num_bytes),
             "counts": dict(counts),
         }
         return save(arrays, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)})
