@@ -1,0 +1,47 @@
+"""``dsft train RUN.yaml``: unchanged under deepspeed, torchrun, srun, mpirun, and alone."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("train")
+@click.argument("config_file", metavar="RUN.yaml", type=click.Path())
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. --set train.lr=1e-5."
+)
+@click.option(
+    "--resume",
+    metavar="auto|CHECKPOINT",
+    help="Go on from the newest whole checkpoint of the run (auto), or from the one named. None there is an error.",
+)
+@click.option(
+    "--allow-data-change", is_flag=True, help="Resume although a change of the configuration alters the data order."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Show steps, tokens, epochs, files and memory of the first batch; train nothing."
+)
+@click.option("--profile-steps", metavar="FIRST:END", help="Write a torch profiler trace of these steps (0-based).")
+@click.pass_context
+def command(
+    context: click.Context,
+    config_file: str,
+    overrides: tuple[str, ...],
+    resume: str | None,
+    allow_data_change: bool,
+    dry_run: bool,
+    profile_steps: str | None,
+) -> int:
+    """Train as RUN.yaml says.
+
+    deepspeed --hostfile hosts.txt --module dsft train run.yaml
+    """
+    from dsft.config.load import load_config
+    from dsft.train.profiling import parse_steps
+
+    config = load_config(config_file, overrides)
+    steps = parse_steps(profile_steps)
+    from dsft.train.start import Options, start
+
+    options = Options(resume=resume, allow_data_change=allow_data_change, dry_run=dry_run, profile_steps=steps)
+    return start(config, options, local_rank_argument=(context.obj or {}).get("local_rank"))

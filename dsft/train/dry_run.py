@@ -1,0 +1,89 @@
+"""``--dry-run``: what the run would train, counted by the real plan, and the memory of a real forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dsft.batch.types import model_inputs
+from dsft.config.models import RunConfig
+from dsft.metrics.throughput import peak_memory_bytes
+from dsft.train import setup
+
+if TYPE_CHECKING:
+    from dsft.dist import Groups
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a run would do.
+
+    Attributes:
+        num_steps, num_packs: of the whole run.
+        num_tokens: document tokens drawn.
+        sources: per source: files, documents and tokens in the store, tokens drawn, epochs, and what the overlong
+            policy did.
+        peak_memory_bytes: highest over ranks, after forward and backward of the first step's first micro-batch: device
+            memory on CUDA, resident memory of the process on the CPU.
+    """
+
+    num_steps: int
+    num_packs: int
+    num_tokens: int
+    sources: tuple[dict[str, Any], ...]
+    peak_memory_bytes: int
+
+
+def dry_run(config: RunConfig, data: setup.Data, groups: Groups, engine: Any, cost: setup.ModelCost) -> DryRun:
+    """Run the whole plan and one micro-batch; collective. Nothing is trained or written."""
+    loader = setup.build_loader(
+        config, data, setup.build_planner(config, data), cost, rank=groups.rank, num_ranks=groups.size
+    )
+    planner = setup.build_planner(config, data)
+    first = next(loader.steps(planner.start()))
+    output = engine(**model_inputs(first.micro_batches[0], engine.device))
+    engine.backward(output.loss + output.aux_loss, scale_wrt_gas=False)
+    loader.close()
+    num_steps = num_packs = num_tokens = 0
+    for plan in planner.steps(planner.start()):
+        num_steps, num_packs, num_tokens = num_steps + 1, num_packs + len(plan.packs), plan.tokens_trained
+        if num_steps == config.train.steps:
+            break
+    sources = []
+    for store, stats in zip(data.stores, planner.stats(), strict=True):
+        stored = int(store.manifest.num_tokens.sum())
+        sources.append(
+            {
+                "name": stats.name,
+                "files": store.num_shards,
+                "documents": int(store.manifest.num_documents.sum()),
+                "tokens": stored,
+                "tokens_drawn": stats.num_tokens,
+                "epochs": (stats.num_tokens + stats.truncated_tokens + stats.dropped_tokens) / max(stored, 1),
+                "documents_split": stats.num_split,
+                "documents_truncated": stats.num_truncated,
+                "documents_dropped": stats.num_dropped,
+            }
+        )
+    peaks = groups.all_gather_object(peak_memory_bytes(engine.device))
+    return DryRun(num_steps, num_packs, num_tokens, tuple(sources), max(peaks))
+
+
+def describe(result: DryRun) -> str:
+    """The result as lines for a person."""
+    lines = [
+        f"dry run: {result.num_steps:,} steps, {result.num_packs:,} packs, {result.num_tokens:,} document tokens; "
+        f"memory after the first forward and backward {result.peak_memory_bytes / 2**30:.2f} GiB a rank"
+    ]
+    for source in result.sources:
+        changed = ", ".join(
+            f"{source[key]:,} {key.removeprefix('documents_')}"
+            for key in ("documents_split", "documents_truncated", "documents_dropped")
+            if source[key]
+        )
+        lines.append(
+            f"  {source['name']}: {source['files']:,} files, {source['documents']:,} documents, {source['tokens']:,} "
+            f"tokens; draws {source['tokens_drawn']:,} = {source['epochs']:.3f} epochs"
+            f"{'; ' + changed if changed else ''}"
+        )
+    return "\n".join(lines)

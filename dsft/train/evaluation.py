@@ -1,0 +1,91 @@
+"""When held-out sets are measured in training, and what follows from it."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dsft.batch.types import StepBatch
+from dsft.config.models import EvaluateSection
+from dsft.corpus.tokenizer import Tokenizer
+from dsft.evaluate.overfit import OverfitWatch
+from dsft.evaluate.run import HeldOutSet, evaluate_all
+from dsft.train.state import TrainState
+
+if TYPE_CHECKING:
+    from dsft.train.loop import Run
+
+
+@dataclass(slots=True)
+class EvaluationPlan:
+    """The held-out sets of a run and the running training loss that is shown beside them.
+
+    Attributes:
+        section: when to measure.
+        sets: what to measure.
+        watch: overfitting watch; its state travels in ``TrainState.overfit``.
+    """
+
+    section: EvaluateSection
+    sets: tuple[HeldOutSet, ...]
+    tokenizer: Tokenizer
+    watch: OverfitWatch
+    _loss_sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _last_step: int = -1
+
+    def at_start(self, run: Run, state: TrainState) -> None:
+        """Measure the untrained state, if asked for and if this is the start of the run (not of a resume)."""
+        if self.section.at_start and state.step == 0:
+            self.measure(run, state)
+
+    def at_end(self, run: Run, state: TrainState) -> None:
+        """Measure the final state, unless it was just measured."""
+        if self.section.at_end and self._last_step != state.step:
+            self.measure(run, state)
+
+    def due(self, state: TrainState, batch: StepBatch) -> bool:
+        """Whether the step that was just taken ends an interval or a stage. Equal on all ranks."""
+        every = self.section.every_steps
+        by_step = every is not None and state.step % every == 0
+        return bool(self.sets) and (by_step or (self.section.at_stage_ends and batch.plan.ends_stage))
+
+    def watch_training(self, record: dict[str, Any]) -> None:
+        """Add a step record's losses (already reduced over ranks) to the training loss since the last evaluation."""
+        for name, loss in record["loss_by_source"].items():
+            weight = record["weight_by_source"][name]
+            total, weights = self._loss_sums.get(name, (0.0, 0.0))
+            if math.isfinite(loss):
+                self._loss_sums[name] = (total + loss * weight, weights + weight)
+
+    def measure(self, run: Run, state: TrainState) -> bool:
+        """Measure all sets (collective), write their records, warn of overfitting.
+
+        Returns:
+            Whether training is to stop early: a set is overfitted and ``evaluate.early_stop`` is set.
+        """
+        if not self.sets:
+            return False
+        started = time.perf_counter()
+        evaluation = evaluate_all(
+            self.sets,
+            run.engine.module,
+            self.tokenizer,
+            run.groups,
+            self.watch,
+            device=run.engine.device,
+            step=state.step,
+            tokens_trained=state.tokens_trained,
+            train_losses={name: total / weight for name, (total, weight) in self._loss_sums.items() if weight > 0},
+            seed=run.seed,
+        )
+        for record in evaluation.records:
+            run.recorder.write("evaluation", record)
+        for found in evaluation.overfitting:
+            run.recorder.warn(found.message)
+        self._loss_sums.clear()
+        self._last_step = state.step
+        state.overfit = self.watch.to_json()
+        run.step_log.exclude(time.perf_counter() - started)
+        return bool(evaluation.overfitting) and self.section.early_stop is not None

@@ -1,0 +1,147 @@
+"""The training loop, top to bottom on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dsft.batch.loader import Loader
+from dsft.batch.types import StepBatch
+from dsft.dist import Groups
+from dsft.errors import DataError, DsftError, TrainingError
+from dsft.launch.stop import StopRequest
+from dsft.metrics.recorder import Recorder
+from dsft.train.control import Proposal, agree, propose
+from dsft.train.evaluation import EvaluationPlan
+from dsft.train.profiling import Profiler
+from dsft.train.saving import Saver
+from dsft.train.schedule import Position, Schedule
+from dsft.train.state import TrainState
+from dsft.train.step import StepResult, train_step
+from dsft.train.step_log import StepLog
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything a run is made of; built by ``dsft.train.setup`` and only read from here on."""
+
+    engine: Any
+    groups: Groups
+    loader: Loader
+    schedule: Schedule
+    saver: Saver
+    evaluation: EvaluationPlan
+    recorder: Recorder
+    step_log: StepLog
+    stop: StopRequest
+    profiler: Profiler
+    seed: int
+    salt: int
+    num_sources: int
+    log_every_steps: int
+    max_steps: int | None
+    max_skipped_steps: int
+
+
+def train(run: Run, state: TrainState) -> str:
+    """Train from ``state`` to the end of the data, ``max_steps``, a stop request or an early stop.
+
+    Returns:
+        ``finished``, ``stopped`` (on request) or ``early_stop`` (overfitting); the state is saved in each case.
+    """
+    batches = run.loader.steps(state.cursor)
+    outcome = "finished"
+    run.evaluation.at_start(run, state)
+    proposal = _propose_next(run, batches)
+    while run.max_steps is None or state.step < run.max_steps:
+        agreed = agree(proposal)
+        if agreed.end or agreed.stop:
+            outcome = "stopped" if agreed.stop and not agreed.end else "finished"
+            break
+        batch, proposal = proposal.batch, _propose_next(run, batches)
+        assert batch is not None, "an agreed step has a batch on every rank"
+        lr = run.schedule.lr_at(Position(state.step, state.tokens_trained))
+        with run.profiler.step(state.step):
+            result = train_step(
+                run.engine,
+                batch,
+                agreed,
+                lr=lr,
+                num_ranks=run.groups.world.size,
+                num_sources=run.num_sources,
+                seed=run.seed,
+                step=state.step,
+            )
+        _advance(state, batch, agreed.num_supervised, result)
+        run.step_log.add(state.step, agreed, result, run.loader.take_wait_seconds())
+        _check_finite(run, state, batch, result)
+        if state.step % run.log_every_steps == 0:
+            _write_step(run, state, result, lr, batch.plan.stage)
+        if run.evaluation.due(state, batch) and run.evaluation.measure(run, state):
+            outcome = "early_stop"
+            break
+        if run.saver.due(state):
+            run.saver.save(run, state)
+    run.evaluation.at_end(run, state)
+    run.saver.save(run, state)
+    return outcome
+
+
+def _propose_next(run: Run, batches: Iterator[StepBatch]) -> Proposal:
+    """Take the next prefetched batch and post this rank's message for it; an error travels in the message."""
+    batch: StepBatch | None = None
+    error: DsftError | None = None
+    try:
+        batch = next(batches, None)
+    except DsftError as caught:
+        error = caught
+    except OSError as caught:
+        error = DataError(
+            f"rank {run.groups.world.rank}: reading training data failed: {caught}. Check the store's disk."
+        )
+    return propose(run.groups, batch, error, stop=run.stop.requested, salt=run.salt)
+
+
+def _advance(state: TrainState, batch: StepBatch, num_supervised: int, result: StepResult) -> None:
+    state.step += 1
+    state.cursor = batch.plan.cursor_after
+    state.tokens_trained = batch.plan.tokens_trained
+    state.supervised_trained += num_supervised
+    state.num_skipped += not result.applied
+    state.num_skipped_in_row = state.num_skipped_in_row + 1 if result.not_finite else 0
+
+
+def _check_finite(run: Run, state: TrainState, batch: StepBatch, result: StepResult) -> None:
+    """Say each skipped step loudly, and stop after too many in a row. Same decision on every rank."""
+    if result.applied:
+        return
+    cause = "loss or gradient was not finite" if result.not_finite else "none of its tokens is supervised"
+    run.recorder.warn(f"step {state.step}: no update, {cause} ({state.num_skipped} steps without an update so far)")
+    if state.num_skipped_in_row >= run.max_skipped_steps:
+        documents = sorted(
+            {
+                f"{int(source)}/{int(shard)}/{int(document)}"
+                for pack in batch.plan.packs
+                for source, shard, document in zip(pack.source, pack.shard, pack.document, strict=True)
+            }
+        )
+        raise TrainingError(
+            f"{state.num_skipped_in_row} steps in a row had a loss or gradient that is not finite; the last is step "
+            f"{state.step}. Its documents (source/shard/document): {', '.join(documents[:50])}"
+            f"{' and more' if len(documents) > 50 else ''}. Lower train.lr, look at these documents with "
+            "`dsft data preview`, or resume from the last checkpoint."
+        )
+
+
+def _write_step(run: Run, state: TrainState, result: StepResult, lr: float, stage: int) -> None:
+    record = run.step_log.record(result, lr)
+    counters = {
+        "step": state.step,
+        "stage": stage,
+        "tokens_trained": state.tokens_trained,
+        "supervised_trained": state.supervised_trained,
+        "num_skipped": state.num_skipped,
+    }
+    run.evaluation.watch_training(record)
+    run.recorder.write("step", {**counters, **record})

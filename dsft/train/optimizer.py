@@ -1,0 +1,29 @@
+"""AdamW over decay and no-decay groups, in the form that fits where ZeRO keeps the optimizer's state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dsft.config.models import TrainSection
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], section: TrainSection, *, offloaded: bool, device_type: str
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, decoupled decay) with the run's hyper-parameters.
+
+    Args:
+        groups: parameter groups with their own ``weight_decay``.
+        offloaded: the optimizer's state lives in host memory (``offload_optimizer``); then DeepSpeed's vectorised CPU
+            Adam does the update, which its ZeRO demands.
+        device_type: ``cpu`` or ``cuda``; on CUDA torch's fused kernel is used.
+    """
+    common: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
+    if offloaded:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+        return optimizer
+    return torch.optim.AdamW(groups, fused=device_type == "cuda", **common)

@@ -1,0 +1,107 @@
+"""Learning rate as a pure function of the position in the run: nothing to save, nothing to get out of step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dsft.config.models import ScheduleSection
+from dsft.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a step stands before it is taken: optimizer steps and document tokens already trained."""
+
+    step: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A schedule whose units are settled.
+
+    Attributes:
+        kind: shape after the warm-up.
+        lr: peak learning rate.
+        min_lr_ratio: learning rate at the end, as a share of the peak (linear, cosine and the final decay).
+        in_tokens: True when the run's length is in tokens; ``length`` and ``decay`` then are too.
+        length: length of the run.
+        warmup: length of the linear warm-up, in tokens when ``warmup_in_tokens``.
+        decay: length of the final decay (warmup_stable_decay).
+    """
+
+    kind: str
+    lr: float
+    min_lr_ratio: float
+    in_tokens: bool
+    length: int
+    warmup: int
+    warmup_in_tokens: bool
+    decay: int
+
+    def lr_at(self, position: Position) -> float:
+        """Learning rate of the step that begins at ``position``."""
+        done = position.tokens if self.in_tokens else position.step
+        return self.lr * self._warmup(position) * self._shape(min(done, self.length))
+
+    def _warmup(self, position: Position) -> float:
+        if self.warmup == 0:
+            return 1.0
+        done = position.tokens if self.warmup_in_tokens else position.step + 1
+        # In tokens the first step would have rate 0 and teach nothing: begin one hundredth up.
+        return min(1.0, max(done / self.warmup, 0.01))
+
+    def _shape(self, done: int) -> float:
+        low = self.min_lr_ratio
+        if self.kind == "constant":
+            return 1.0
+        if self.kind == "warmup_stable_decay":
+            left = self.length - done
+            return 1.0 if left >= self.decay else low + (1.0 - low) * left / self.decay
+        # A warm-up in the other unit (steps against tokens) overlaps the decay instead of shifting it.
+        start = self.warmup if self.warmup_in_tokens == self.in_tokens else 0
+        progress = min(1.0, max(0.0, (done - start) / max(1, self.length - start)))
+        if self.kind == "linear":
+            return low + (1.0 - low) * (1.0 - progress)
+        return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def build_schedule(section: ScheduleSection, *, lr: float, steps: int | None, tokens: int | None) -> Schedule:
+    """Settle units against the run's length, which is given in steps or in tokens.
+
+    Raises:
+        ConfigError: the decay is in a unit in which the run's length is not known, or does not fit into the run.
+    """
+    in_tokens = tokens is not None
+    length = tokens if tokens is not None else steps
+    assert length is not None, "the run's length is known in one unit"
+    decay = section.decay_tokens if in_tokens else section.decay_steps
+    foreign = section.decay_steps if in_tokens else section.decay_tokens
+    unit = "tokens" if in_tokens else "steps"
+    if foreign is not None:
+        raise ConfigError(
+            f"train.schedule: this run's length is in {unit}, so the decay must be too; give decay_{unit} "
+            f"instead of decay_{'steps' if in_tokens else 'tokens'}."
+        )
+    if section.kind == "warmup_stable_decay" and decay is None:
+        raise ConfigError(
+            f"train.schedule: kind warmup_stable_decay needs decay_{unit}, the length of its final decay."
+        )
+    warmup_in_tokens = section.warmup_tokens is not None
+    warmup = (section.warmup_tokens if warmup_in_tokens else section.warmup_steps) or 0
+    taken = (decay or 0) + (warmup if warmup_in_tokens == in_tokens else 0)
+    if taken > length:
+        raise ConfigError(
+            f"train.schedule: warm-up and decay take {taken:,} {unit}, but the run has only {length:,}; shorten them."
+        )
+    return Schedule(
+        kind=section.kind,
+        lr=lr,
+        min_lr_ratio=section.min_lr_ratio,
+        in_tokens=in_tokens,
+        length=length,
+        warmup=warmup,
+        warmup_in_tokens=warmup_in_tokens,
+        decay=decay or 0,
+    )

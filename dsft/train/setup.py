@@ -1,0 +1,208 @@
+"""Builds a run from its configuration. The only place that sees the whole of it; every builder gets its own section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsft.batch.collate import BatchSpec
+from dsft.batch.loader import Loader
+from dsft.config.deepspeed import build_deepspeed_config
+from dsft.config.models import EvaluationSetSection, RunConfig, SourceSection
+from dsft.corpus.prepare import prepare_sources
+from dsft.corpus.tokenizer import Tokenizer, load_tokenizer
+from dsft.dist import Groups
+from dsft.export.resolve import is_dsft_folder, weights_folder
+from dsft.model.flops import ModelCost
+from dsft.model.load import load_model
+from dsft.model.packed import PackedCausalLM
+from dsft.model.parameters import freeze, parameter_groups
+from dsft.sampling.balance import pack_cost
+from dsft.sampling.packing import planned_lengths
+from dsft.sampling.plan import Planner
+from dsft.sampling.types import Pieces, PlannedSource, Stage
+from dsft.store.reader import SourceStore
+from dsft.train.optimizer import build_optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Tokenizer and opened token stores of a run.
+
+    Attributes:
+        stores: one a training source, in configuration order.
+        held_out: one a held-out set, in configuration order.
+    """
+
+    tokenizer: Tokenizer
+    stores: tuple[SourceStore, ...]
+    held_out: tuple[SourceStore, ...]
+
+
+def model_folder(config: RunConfig) -> str | None:
+    """Where weights and tokenizer come from; a dsft checkpoint is exported once and read as an ordinary folder."""
+    path = config.model.path
+    if path is not None and is_dsft_folder(Path(path)):
+        return str(weights_folder(Path(path), trust_remote_code=config.model.trust_remote_code))
+    return path
+
+
+def open_tokenizer(config: RunConfig, folder: str | None) -> Tokenizer:
+    """The run's one tokenizer."""
+    section = config.model
+    path = section.tokenizer if section.tokenizer is not None else folder
+    assert path is not None, "the configuration demands a tokenizer when there is no model folder"
+    return load_tokenizer(
+        path,
+        section.revision if section.tokenizer is None else None,
+        section.trust_remote_code,
+        section.add_tokens,
+        config.data.chat_template,
+    )
+
+
+def store_folder(config: RunConfig) -> Path:
+    """Where token stores are kept."""
+    return Path(config.data.store_dir) if config.data.store_dir else Path(config.run.dir).parent / "store"
+
+
+def open_data(config: RunConfig, tokenizer: Tokenizer, *, worker: int, num_workers: int) -> Data:
+    """Prepare what is not prepared (each worker its own shards) and open the stores."""
+    sections: list[SourceSection | EvaluationSetSection] = [*config.data.sources, *config.evaluate.sets]
+    folders = prepare_sources(sections, tokenizer, store_folder(config), worker, num_workers, config.data.bad_records)
+    stores = [SourceStore(folder) for folder in folders]
+    num_sources = len(config.data.sources)
+    return Data(tokenizer, tuple(stores[:num_sources]), tuple(stores[num_sources:]))
+
+
+def train_tokens(config: RunConfig, data: Data) -> int | None:
+    """Length of the run in document tokens; None when it is given in steps."""
+    if config.train.epochs is not None:
+        return round(config.train.epochs * _usable_tokens(config, data.stores[0]))
+    return config.train.tokens
+
+
+def _usable_tokens(config: RunConfig, store: SourceStore) -> int:
+    """Tokens of one pass over a source under the overlong policy."""
+    lengths = (store.index(shard).lengths for shard in range(store.num_shards))
+    planned = (planned_lengths(column, config.data.pack_tokens, config.data.overlong) for column in lengths)
+    return sum(int(column.sum(dtype="int64")) for column in planned)
+
+
+def build_planner(config: RunConfig, data: Data) -> Planner:
+    """The plan over the run's sources and stages."""
+    section = config.data
+    stages = [
+        Stage(
+            stage.name or f"stage-{i}",
+            stage.until_tokens,
+            tuple(stage.weights.get(s.name, 0.0) for s in section.sources),
+        )
+        for i, stage in enumerate(section.stages)
+    ]
+    if stages:  # the last stage runs to the end of training
+        stages[-1] = Stage(stages[-1].name, None, stages[-1].weights)
+    else:
+        stages = [Stage("all", None, tuple(source.weight for source in section.sources))]
+    return Planner(
+        [_planned(source.name, store) for source, store in zip(section.sources, data.stores, strict=True)],
+        stages,
+        seed=config.run.seed,
+        pack_tokens=section.pack_tokens,
+        global_batch_packs=config.train.global_batch_packs,
+        window_documents=section.window_documents,
+        window_tokens=section.window_tokens,
+        group_shards=section.group_shards,
+        overlong=section.overlong,
+        train_tokens=train_tokens(config, data),
+    )
+
+
+def _planned(name: str, store: SourceStore) -> PlannedSource:
+    return PlannedSource(name, store.num_shards, lambda shard: store.index(shard).lengths)
+
+
+def build_batch_spec(config: RunConfig, data: Data) -> BatchSpec:
+    """How packs of the training sources become tensors."""
+    return BatchSpec(
+        stores=data.stores,
+        loss_weights=tuple(source.loss_weight for source in config.data.sources),
+        loss_reduction=config.train.loss_reduction,
+        pack_tokens=config.data.pack_tokens,
+        pad_id=data.tokenizer.pad_id,
+        truncate_overlong=config.data.overlong == "truncate",
+    )
+
+
+def build_loader(
+    config: RunConfig, data: Data, planner: Planner, cost: ModelCost, *, rank: int, num_ranks: int
+) -> Loader:
+    """The prefetching loader of this rank."""
+
+    def cost_of(pack: Pieces) -> float:
+        return pack_cost(pack, cost.flops_per_token, cost.flops_per_token_pair)
+
+    return Loader(
+        planner,
+        build_batch_spec(config, data),
+        rank=rank,
+        num_ranks=num_ranks,
+        micro_batch_packs=config.train.micro_batch_packs,
+        cost=cost_of,
+    )
+
+
+def build_engine(
+    config: RunConfig, data: Data, groups: Groups, folder: str | None, device_type: str
+) -> tuple[Any, Any]:
+    """Model, optimizer and DeepSpeed engine; returns the engine and the model's Hugging Face config."""
+    import deepspeed
+
+    deepspeed_config = build_deepspeed_config(config, groups.world.size, device_type)
+    section = config.model if folder == config.model.path else config.model.model_copy(update={"path": folder})
+    model: PackedCausalLM = load_model(
+        section,
+        vocab_tokens=data.tokenizer.vocab_tokens,
+        added_tokens=len(config.model.add_tokens),
+        seed=config.run.seed,
+        device_type=device_type,
+        deepspeed_config=deepspeed_config,
+    )
+    freeze(model, config.train.freeze)
+    zero = deepspeed_config.get("zero_optimization", {})
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    optimizer = build_optimizer(
+        parameter_groups(model, config.train.weight_decay), config.train, offloaded=offloaded, device_type=device_type
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    return engine, model.hf.config
+
+
+def held_out_spec(config: RunConfig, tokenizer: Tokenizer, store: SourceStore) -> BatchSpec:
+    """How a held-out set becomes tensors: one pack a forward, every supervised token with the same weight."""
+    return BatchSpec(
+        stores=(store,),
+        loss_weights=(1.0,),
+        loss_reduction="token",
+        pack_tokens=config.data.pack_tokens,
+        pad_id=tokenizer.pad_id,
+    )
+
+
+def write_model_folder(folder: Path, hf_config: Any, tokenizer: Tokenizer, model: PackedCausalLM) -> None:
+    """Write what an export needs beside the weights: config, generation config, tokenizer, chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hf_config.save_pretrained(folder)
+    if getattr(model.hf, "generation_config", None) is not None:
+        model.hf.generation_config.save_pretrained(folder)
+    tokenizer.hf.save_pretrained(folder)
+
+
+def device_type() -> str:
+    """``cuda`` where DeepSpeed's accelerator is one, else ``cpu``."""
+    from deepspeed.accelerator import get_accelerator
+
+    return "cuda" if get_accelerator().device_name().startswith("cuda") and torch.cuda.is_available() else "cpu"

@@ -1,0 +1,53 @@
+"""What a run knows of itself between two steps; all of it is in each checkpoint and equal on all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsft.sampling.cursor import cursor_from_json, cursor_to_json
+from dsft.sampling.types import Cursor
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Position and counters of a run.
+
+    Attributes:
+        cursor: where the next step begins in the data.
+        step: optimizer steps taken, skipped ones included (a skipped step used its data).
+        tokens_trained: document tokens of those steps.
+        supervised_trained: supervised tokens of those steps.
+        num_skipped: steps whose update was skipped because loss or gradient was not finite, or nothing was supervised.
+        num_skipped_in_row: of these, not-finite ones since the last good step.
+        overfit: state of the overfitting watch (JSON).
+    """
+
+    cursor: Cursor
+    step: int = 0
+    tokens_trained: int = 0
+    supervised_trained: int = 0
+    num_skipped: int = 0
+    num_skipped_in_row: int = 0
+    overfit: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "cursor": cursor_to_json(self.cursor),
+            "step": self.step,
+            "tokens_trained": self.tokens_trained,
+            "supervised_trained": self.supervised_trained,
+            "num_skipped": self.num_skipped,
+            "num_skipped_in_row": self.num_skipped_in_row,
+            "overfit": self.overfit,
+        }
+
+
+def state_from_json(values: dict[str, Any]) -> TrainState:
+    """Inverse of :meth:`TrainState.to_json`.
+
+    Raises:
+        CheckpointError: the cursor is of another order version.
+    """
+    return TrainState(cursor=cursor_from_json(values["cursor"]), **{k: v for k, v in values.items() if k != "cursor"})

@@ -1,0 +1,91 @@
+"""One optimizer step: the exact weighted mean over all supervised tokens of the global batch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsft.batch.types import PackedBatch, StepBatch, model_inputs
+from dsft.train.control import Agreement
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step did on this rank.
+
+    Attributes:
+        source_loss: float64[2, num_sources] on the device: weighted sum of the loss, and sum of weights, of this rank's
+            rows by source. Still on the device: reading it waits for the step.
+        applied: the weights changed. False on all ranks together.
+        not_finite: the update was skipped because a loss or gradient was not finite.
+        grad_norm: global gradient norm before clipping; infinite when not finite.
+    """
+
+    source_loss: torch.Tensor
+    applied: bool
+    not_finite: bool
+    grad_norm: float
+
+
+def train_step(
+    engine: Any,
+    batch: StepBatch,
+    agreed: Agreement,
+    *,
+    lr: float,
+    num_ranks: int,
+    num_sources: int,
+    seed: int,
+    step: int,
+) -> StepResult:
+    """Forward and backward over this rank's micro-batches, then one update.
+
+    Each micro-batch's loss is sum(row_weight * nll) * R / N (a router loss is weighted by document tokens). ZeRO
+    averages gradients over the R ranks, so their sum over micro-batches and ranks is the gradient of the weighted mean,
+    whatever R, packing and accumulation are.
+    A loss that is not finite is turned into NaN gradients: after ZeRO's reduction every rank sees a NaN norm and
+    skips the update together, without a collective of its own (DeepSpeed skips on an invalid norm in stages 1 to 3).
+
+    Args:
+        engine: DeepSpeed engine around a PackedCausalLM, with ``managed_gradient_accumulation`` off.
+        agreed: the step's control message; ``weight`` is N.
+        seed: the run's seed; every micro-batch's generators start from (seed, step, what it holds).
+    """
+    device = engine.device
+    source_loss = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
+    if agreed.weight == 0.0:
+        return StepResult(source_loss, applied=False, not_finite=False, grad_norm=0.0)
+    scale = torch.tensor(num_ranks / agreed.weight, dtype=torch.float32, device=device)
+    aux_scale = num_ranks / agreed.num_tokens
+    for micro_batch in batch.micro_batches:
+        _seed_generators(seed, step, micro_batch)
+        output = engine(**model_inputs(micro_batch, device))
+        loss = output.loss * scale + output.aux_loss * aux_scale
+        engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan), scale_wrt_gas=False)
+        _add_by_source(source_loss, micro_batch, output.row_nll)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    engine.step()
+    applied = bool(engine.was_step_applied())
+    grad_norm = engine.get_global_grad_norm()
+    norm = math.inf if not applied or grad_norm is None else float(grad_norm)
+    return StepResult(source_loss, applied=applied, not_finite=not applied, grad_norm=norm)
+
+
+def _seed_generators(seed: int, step: int, batch: PackedBatch) -> None:
+    """Dropout draws depend on the seed, the step and the documents, never on the rank or on what ran before."""
+    digest = hashlib.blake2b(f"{seed}/dropout/{step}/{batch.data_hash}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _add_by_source(totals: torch.Tensor, batch: PackedBatch, row_nll: torch.Tensor) -> None:
+    if batch.rows.numel() == 0:
+        return
+    source = batch.row_source.to(totals.device, non_blocking=True)
+    weight = batch.row_weight.to(totals.device, non_blocking=True).double()
+    totals[0].index_add_(0, source, weight * row_nll.double())
+    totals[1].index_add_(0, source, weight)

@@ -1,0 +1,90 @@
+"""What is written of the steps: one record a logged step, and one line a step of what the model was given."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dsft.fsio import append_line
+from dsft.metrics.throughput import Throughput
+from dsft.train.control import Agreement
+from dsft.train.step import StepResult
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dsft.dist import Groups
+
+
+class StepLog:
+    """Sums over the steps since the last record, reduced over ranks only when a record is due.
+
+    Args:
+        groups: process groups; every rank calls :meth:`record` at the same steps.
+        source_names: names of the sources in configuration order.
+        throughput: turns counts and seconds into rates.
+        data_log: file of the per-step hashes; None on ranks other than 0.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        source_names: tuple[str, ...],
+        throughput: Throughput,
+        data_log: Path | None,
+        attempt: str,
+        device: torch.device,
+    ) -> None:
+        self._groups = groups
+        self._names = source_names
+        self._throughput = throughput
+        self._data_log = data_log
+        self._attempt = attempt
+        self._device = device
+        self._clear()
+
+    def _clear(self) -> None:
+        self._source_loss = torch.zeros(2, len(self._names), dtype=torch.float64, device=self._device)
+        self._counts = {"supervised": 0, "other": 0, "padding": 0, "idle": 0}
+        self._started = time.perf_counter()
+        self._wait_seconds = 0.0
+        self._excluded_seconds = 0.0
+
+    def add(self, step: int, agreed: Agreement, result: StepResult, wait_seconds: float) -> None:
+        """Count a step that was run, and write what it was given to the data log."""
+        self._source_loss += result.source_loss
+        self._counts["supervised"] += agreed.num_supervised
+        self._counts["other"] += agreed.num_tokens - agreed.num_supervised
+        self._counts["padding"] += agreed.num_padding
+        self._counts["idle"] += agreed.num_idle
+        self._wait_seconds += wait_seconds
+        if self._data_log is not None:
+            entry = {"step": step, "attempt": self._attempt, "data_hash": agreed.data_hash, "tokens": agreed.num_tokens}
+            append_line(self._data_log, {**entry, "supervised": agreed.num_supervised, "applied": result.applied})
+
+    def exclude(self, seconds: float) -> None:
+        """Leave ``seconds`` (an evaluation, a save) out of the rates."""
+        self._excluded_seconds += seconds
+
+    def record(self, result: StepResult, lr: float) -> dict[str, Any]:
+        """The record of the steps since the last one: loss over all ranks, per source, rates, memory. Collective."""
+        seconds = max(time.perf_counter() - self._started - self._excluded_seconds, 1e-9)
+        totals = self._groups.sum(self._source_loss.flatten().cpu().numpy()).reshape(2, len(self._names))
+        weighted, weight = totals[0], totals[1]
+        record: dict[str, Any] = {
+            "loss": float(weighted.sum() / weight.sum()) if weight.sum() > 0 else None,
+            "loss_by_source": {
+                name: float(weighted[i] / weight[i]) for i, name in enumerate(self._names) if weight[i] > 0
+            },
+            "weight_by_source": {name: float(weight[i]) for i, name in enumerate(self._names) if weight[i] > 0},
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "applied": result.applied,
+            "data_wait_seconds": self._wait_seconds,
+            "seconds": seconds,
+            **self._throughput.rates(self._counts, seconds),
+        }
+        self._clear()
+        return record
