@@ -13,7 +13,17 @@ from dsft.ops.reference import PackedRow, pack_error, pack_sequences_reference
 _DTYPES = (torch.int32, torch.int64, torch.bool, torch.int32, torch.int64, torch.float32)
 
 
-@torch.library.custom_op("dsft::pack_sequences", mutates_args=(), device_types="cpu")
+# Not torch.library.custom_op: its wrapper imports torch._dynamo at the first call, which takes seconds.
+torch.library.define(
+    "dsft::pack_sequences",
+    "(Tensor tokens, Tensor piece_offsets, Tensor has_lookahead, Tensor spans, Tensor span_offsets, "
+    "Tensor span_weights, SymInt row_tokens, SymInt pad_id) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("dsft::pack_sequences", "CPU")
 def _pack_sequences(
     tokens: torch.Tensor,
     piece_offsets: torch.Tensor,
@@ -87,8 +97,7 @@ def _pack_sequences_native(
     return outputs
 
 
-@_pack_sequences.register_fake
-def _(
+def _pack_sequences_fake(
     tokens: torch.Tensor,
     piece_offsets: torch.Tensor,
     has_lookahead: torch.Tensor,
@@ -100,6 +109,9 @@ def _(
 ) -> PackedRow:
     num_rows = torch.library.get_ctx().new_dynamic_size()
     return _empty_outputs(tokens, has_lookahead.numel(), row_tokens, num_rows)
+
+
+torch.library.register_fake("dsft::pack_sequences", _pack_sequences_fake)
 
 
 def _empty_outputs(tokens: torch.Tensor, num_pieces: int, row_tokens: int, num_rows: int | torch.SymInt) -> PackedRow:

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsft.sampling.mixture import DrawnDocuments, Mixture
+from dsft.sampling.order import SourceOrder
+from dsft.sampling.types import PlannedSource, SourcePosition
+
+START = SourcePosition(epoch=0, group=0, ordinal=0, tokens_drawn=0)
+
+
+def make_orders(max_lengths: list[int], num_documents: int = 50) -> list[SourceOrder]:
+    rng = np.random.default_rng(7)
+    orders = []
+    for number, longest in enumerate(max_lengths):
+        shards = [rng.integers(1, longest + 1, num_documents).astype(np.int32) for _ in range(3)]
+        source = PlannedSource(f"s{number}", 3, lambda shard, shards=shards: shards[shard])
+        orders.append(SourceOrder(source, seed=1, group_shards=2, pack_tokens=10**6, overlong="split"))
+    return orders
+
+
+def draw(max_lengths: list[int], weights: list[float], num_documents: int) -> DrawnDocuments:
+    mixture = Mixture(make_orders(max_lengths), [START] * len(weights))
+    return mixture.draw(weights, [0] * len(weights), num_documents, 10**12)
+
+
+def one_by_one(max_lengths: list[int], weights: list[float], num_documents: int) -> list[tuple[int, int, int, int]]:
+    """The rule of the module's docstring, document by document."""
+    orders = make_orders(max_lengths)
+    positions = [(0, 0, 0)] * len(weights)
+    tokens = [0] * len(weights)
+    drawn = []
+    for _ in range(num_documents):
+        active = [s for s, weight in enumerate(weights) if weight > 0]
+        source = min(active, key=lambda s: (tokens[s] / weights[s], s))
+        chunk = orders[source].read(*positions[source])
+        positions[source] = (chunk.epoch, chunk.group, int(chunk.ordinal[0]) + 1)
+        tokens[source] += int(chunk.planned[0])
+        drawn.append((source, chunk.epoch, int(chunk.shard[0]), int(chunk.document[0])))
+    return drawn
+
+
+@pytest.mark.parametrize("weights", [[0.8, 0.15, 0.05], [1.0, 1.0, 1.0], [3.0, 0.0, 1e-3]])
+def test_blocks_equal_drawing_one_by_one(weights: list[float]) -> None:
+    found = draw([40, 7, 300], weights, 2000)
+    columns = (found.source, found.epoch, found.shard, found.document)
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == one_by_one([40, 7, 300], weights, 2000)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    max_lengths=st.lists(st.integers(1, 500), min_size=1, max_size=5),
+    weights=st.lists(st.floats(0.001, 1.0), min_size=5, max_size=5),
+)
+def test_the_error_is_never_more_than_a_document_per_source(max_lengths: list[int], weights: list[float]) -> None:
+    weights = weights[: len(max_lengths)]
+    shares = np.array(weights) / sum(weights)
+    found = draw(max_lengths, weights, 1000)
+    tokens = np.zeros((len(found.source), len(weights)))
+    tokens[np.arange(len(found.source)), found.source] = found.planned
+    drawn = tokens.cumsum(axis=0)
+    error = drawn - drawn.sum(axis=1, keepdims=True) * shares
+    longest = np.array(max_lengths)
+    assert (error <= longest + 1e-6).all()
+    assert (-error <= shares * longest.sum() + 1e-6).all()
+
+
+def test_draws_in_parts_equal_one_draw() -> None:
+    weights = [0.5, 0.3, 0.2]
+    whole = draw([40, 7, 300], weights, 500)
+    positions: tuple[SourcePosition, ...] = (START,) * 3
+    tokens = [0, 0, 0]
+    parts = []
+    for size in (1, 2, 97, 300, 100):
+        mixture = Mixture(make_orders([40, 7, 300]), positions)  # a fresh one from the positions, as a resume makes
+        part = mixture.draw(weights, tokens, size, 10**12)
+        parts.append(part)
+        positions = mixture.positions
+        for source in range(3):
+            tokens[source] += int(part.planned[part.source == source].sum())
+    assert [position.tokens_drawn for position in positions] == tokens
+    for name in ("source", "epoch", "shard", "document", "length"):
+        assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+def test_a_draw_ends_with_the_document_that_reaches_the_tokens() -> None:
+    weights = [0.5, 0.5]
+    for limit in (1, 2, 50, 333, 1000):
+        mixture = Mixture(make_orders([40, 7]), [START] * 2)
+        found = mixture.draw(weights, [0, 0], 10**9, limit)
+        assert found.num_tokens >= limit
+        assert found.num_tokens - int(found.planned[-1]) < limit
+
+
+def test_a_source_without_weight_is_not_read() -> None:
+    def lengths(shard: int) -> np.ndarray:
+        raise AssertionError("read")
+
+    orders = make_orders([10])
+    silent = SourceOrder(PlannedSource("x", 3, lengths), seed=1, group_shards=1, pack_tokens=10, overlong="split")
+    found = Mixture([orders[0], silent], [START] * 2).draw([1.0, 0.0], [0, 0], 400, 10**9)
+    assert set(found.source.tolist()) == {0}
+    assert found.epoch.max() == 2
