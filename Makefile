@@ -1,0 +1,40 @@
+# make install    make .venv with everything in it and build the native operations
+# make demo       install, then train, evaluate and export a small model on an embedded corpus
+# make test       the default tier: no launcher, no GPU, no cluster
+# make test-all   every tier that can run on this machine
+# make check      ruff and mypy
+# make benchmarks each program in benchmarks/
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Tests of the cluster tier skip themselves where a tool they need is missing, unless CI=1 says that none may be.
+RUNNABLE := $(if $(shell command -v nvidia-smi),,-m "not gpu")
+
+.PHONY: install demo test test-all check benchmarks clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt .ci/install.sh
+	@bash .ci/install.sh "$(PYTHON)"
+	@touch $(STAMP)
+
+demo: install
+	@$(BIN)/dsft demo
+
+test: install
+	@$(BIN)/python -m pytest -q -m "not slow and not launch and not cluster and not gpu"
+
+test-all: install
+	@$(BIN)/python -m pytest -q $(RUNNABLE)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmarks: install
+	@set -e; for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python "$$program"; done
+
+clean:
+	rm -rf .venv build dist *.egg-info
