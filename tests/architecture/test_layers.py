@@ -22,11 +22,10 @@ LAYERS: list[dict[str, set[str]]] = [
     {"config": set()},
     {"fsio": set(), "world": set(), "dist": {"fsio", "world"}},
     {"ops": set()},
-    {"store": set(), "model": set(), "checkpoint": set(), "metrics": set()},
+    {"store": set(), "model": set(), "checkpoint": set(), "metrics": set(), "launch": set()},
     {"corpus": set(), "sampling": set()},
     {"batch": set()},
     {"train": {"evaluate", "export"}, "evaluate": set(), "export": set()},
-    {"launch": set()},
     {"cli": {"demo"}, "demo": {"cli"}, "__main__": {"cli"}},
 ]
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}
