@@ -13,18 +13,13 @@ _UNIT_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**1
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?B)?\s*", re.IGNORECASE)
 
 
-class _Size(click.ParamType):
-    """A file size such as ``5GB`` (powers of 1000), in bytes."""
-
-    name = "SIZE"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes, at least one."""
-        match = _SIZE.fullmatch(value)
-        size = int(Decimal(match.group(1)) * _UNIT_BYTES[(match.group(2) or "").upper()]) if match else 0
-        if size < 1:
-            self.fail(f"{value!r} is not a size; write for example 500MB or 5GB (powers of 1000)", param, ctx)
-        return size
+def _size_bytes(_context: click.Context, _parameter: click.Parameter, value: str) -> int:
+    """Bytes of a file size such as ``5GB`` (powers of 1000), at least one."""
+    match = _SIZE.fullmatch(value)
+    size = int(Decimal(match.group(1)) * _UNIT_BYTES[(match.group(2) or "").upper()]) if match else 0
+    if size < 1:
+        raise click.BadParameter(f"{value!r} is not a size; write for example 500MB or 5GB (powers of 1000)")
+    return size
 
 
 @click.command()
@@ -33,7 +28,14 @@ class _Size(click.ParamType):
 @click.option(
     "--dtype", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Type of weights."
 )
-@click.option("--max-shard-size", type=_Size(), default="5GB", show_default=True, help="Largest weight file.")
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    callback=_size_bytes,
+    default="5GB",
+    show_default=True,
+    help="Largest weight file.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run modelling code that lies in the checkpoint.")
 def command(
     checkpoint: Path, out: Path, dtype: Literal["bf16", "fp32"], max_shard_size: int, trust_remote_code: bool

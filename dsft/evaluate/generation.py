@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -81,31 +81,30 @@ def evaluate_generation(
     """Answer ``num_prompts`` prompts greedily, each on one rank, and score the answers.
 
     Every rank calls it and makes the same number of calls of ``greedy`` (which under ZeRO-3 makes the same number of
-    forwards everywhere): a rank with no prompt left repeats one and drops the answer.
+    forwards everywhere), also with no prompt left.
 
     Raises:
         DataError: no document of the set has a supervised span after a prompt.
     """
     questions = choose_questions(store, num_prompts)
-    stops = stop_ids(questions, tokenizer.eos_id)
+    stops = stop_ids(questions, tokenizer)
     rank, num_ranks = groups.world.rank, groups.world.size
     by_length = sorted(range(len(questions)), key=lambda number: len(questions[number].prompt))
-    answers: dict[int, list[int]] = {}
+    answers: list[tuple[int, list[int]]] = []
     with evaluating(model):
         for first in range(0, len(by_length), num_ranks * PROMPTS_PER_CALL):
             mine = by_length[first : first + num_ranks * PROMPTS_PER_CALL][rank::num_ranks]
-            prompts = [list(questions[number].prompt) for number in mine or by_length[:1]]
             generated = greedy(
                 model,
-                prompts,
+                [questions[number].prompt for number in mine],
                 max_new_tokens=max_new_tokens,
                 eos_ids=stops,
                 pad_id=tokenizer.pad_id,
                 synced=num_ranks > 1,
             )
-            answers.update(zip(mine, generated, strict=False))
-    gathered = {number: ids for part in groups.all_gather_object(answers) for number, ids in part.items()}
-    return _score(questions, [gathered[number] for number in range(len(questions))], tokenizer, stops, seed)
+            answers.extend(zip(mine, generated, strict=True))
+    in_store_order = sorted((number, ids) for part in groups.all_gather_object(answers) for number, ids in part)
+    return _score(questions, [ids for _, ids in in_store_order], tokenizer, stops, seed)
 
 
 def choose_questions(store: SourceStore, num_prompts: int) -> list[Question]:
@@ -136,15 +135,10 @@ def _question(store: SourceStore, shard: int, document: int) -> Question:
     )
 
 
-def stop_ids(questions: Sequence[Question], eos_id: int) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end of text, and the end of turn that the references teach.
-
-    The end of turn is the last token of every reference, if they all end in the same one (a single reference's last
-    token could be any word).
-    """
-    last = {question.reference[-1] for question in questions}
-    end_of_turn = last if len(last) == 1 and len(questions) > 1 else set()
-    return sorted({eos_id} | end_of_turn)
+def stop_ids(questions: Sequence[Question], tokenizer: Tokenizer) -> list[int]:
+    """Tokens that end an answer: the end of text, and the control tokens that end the references (end of turn)."""
+    end_of_turn = {question.reference[-1] for question in questions} & tokenizer.control.ids
+    return sorted({tokenizer.eos_id} | end_of_turn)
 
 
 def _score(
@@ -154,10 +148,10 @@ def _score(
     stops: Sequence[int],
     seed: int,
 ) -> GenerationResult:
-    texts = [_text(ids, tokenizer.hf, stops) for ids in answers]
-    references = [_text(question.reference, tokenizer.hf, stops) for question in questions]
+    texts = [_text(ids, tokenizer, stops) for ids in answers]
+    references = [_text(question.reference, tokenizer, stops) for question in questions]
     samples = [
-        Sample(prompt=tokenizer.hf.decode(list(question.prompt)), answer=answer, reference=reference)
+        Sample(prompt=tokenizer.decode(question.prompt), answer=answer, reference=reference)
         for question, answer, reference in zip(questions[:NUM_SAMPLES], texts, references, strict=False)
     ]
     pairs = list(zip(texts, references, strict=True))
@@ -170,8 +164,7 @@ def _score(
     )
 
 
-def _text(ids: Sequence[int], hf_tokenizer: Any, stops: Sequence[int]) -> str:
-    """Text before the first stop token."""
+def _text(ids: Sequence[int], tokenizer: Tokenizer, stops: Sequence[int]) -> str:
+    """Text before the first stop token, without control tokens."""
     end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
-    text: str = hf_tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
-    return text.strip()
+    return tokenizer.decode([token for token in ids[:end] if token not in tokenizer.control.ids]).strip()
