@@ -8,7 +8,7 @@ from pathlib import Path
 from dsft import fsio
 from dsft.demo.tokenizer import VOCAB_TOKENS
 
-STAGES = (("raw text", 600_000), ("mixed", 900_000), ("instructions", 1_200_000))
+STAGES = (("raw-text", 600_000), ("mixed", 900_000), ("instructions", 1_200_000))
 """Name of each stage, and the number of document tokens at which it ends."""
 TEXT_SET = "held-out-text"
 PAIRS_SET = "held-out-pairs"
@@ -41,7 +41,7 @@ data:
     - {{name: library, path: {train_text}, format: text}}
     - {{name: questions, path: {train_pairs}, format: messages}}
   stages:
-    - {{name: raw text, until_tokens: {until[0]}, weights: {{library: 1.0, questions: 0.0}}}}
+    - {{name: raw-text, until_tokens: {until[0]}, weights: {{library: 1.0, questions: 0.0}}}}
     - {{name: mixed, until_tokens: {until[1]}, weights: {{library: 0.5, questions: 0.5}}}}
     - {{name: instructions, until_tokens: {until[2]}, weights: {{library: 0.0, questions: 1.0}}}}
 

@@ -74,7 +74,9 @@ def test_a_signature_is_what_inspect_says() -> None:
     """Against the live objects of a module whose sources we did not write."""
     source = inspect.getsource(textwrap)
     functions = {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    asked = {pair.name.split(".")[1]: pair.answer for pair in pairs_of_module("textwrap", source) if pair.kind == "signature"}
+    asked = {
+        pair.name.split(".")[1]: pair.answer for pair in pairs_of_module("textwrap", source) if pair.kind == "signature"
+    }
     public = {name for name in functions if not name.startswith("_")}
     assert public
     for name in public:
