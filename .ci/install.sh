@@ -51,4 +51,8 @@ mkdir -p .venv
 step "making .venv" "$python" -m venv .venv
 step "installing dsft and its libraries" .venv/bin/python -m pip install -c constraints.txt -e '.[dev,tensorboard]'
 step "building dsft's operations" .venv/bin/dsft ops build
-step "building DeepSpeed's operations" .venv/bin/python -m dsft.launch.native_ops
+if command -v nvidia-smi >/dev/null; then
+  step "building DeepSpeed's operations" .venv/bin/python -m dsft.launch.native_ops --cuda
+else
+  step "building DeepSpeed's operations" .venv/bin/python -m dsft.launch.native_ops
+fi
