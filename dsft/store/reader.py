@@ -96,29 +96,50 @@ def verify_shard(store: SourceStore, shard: int) -> None:
             )
 
 
+def read_index_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of one index file, without its arrays.
+
+    Raises:
+        DataError: missing, damaged or of another version; names the file.
+    """
+    return _read_header(path)[1]
+
+
 def read_index_file(path: Path) -> IndexFile:
     """Map one index file and check its version.
 
     Raises:
         DataError: missing, cut short or of another version; names the file.
     """
+    header, metadata, start = _read_header(path)
     try:
-        data = np.memmap(path, np.uint8, mode="r")
-        header_bytes = int.from_bytes(data[:8].tobytes(), "little")
-        header = json.loads(data[8 : 8 + header_bytes].tobytes())
-        metadata = json.loads(header.pop("__metadata__")[METADATA_KEY])
-        body = data[8 + header_bytes :]
+        body = np.memmap(path, np.uint8, mode="r")[start:]
         arrays = {name: _array(body, entry) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove it and run `dsft prepare` again.") from error
+    return IndexFile(metadata, arrays, zlib.crc32(body.tobytes()))
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The safetensors header without metadata, the metadata, and where the arrays begin."""
+    try:
+        with open(path, "rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if header_bytes > path.stat().st_size:
+                raise ValueError("its header is not one of safetensors")
+            header = json.loads(file.read(header_bytes))
+        metadata = json.loads(header.pop("__metadata__")[METADATA_KEY])
+        version = metadata["version"]
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing from the token store; run `dsft prepare` again.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it and run `dsft prepare` again.") from error
-    if metadata.get("version") != STORE_VERSION:
+    if version != STORE_VERSION:
         raise DataError(
-            f"{path} is of store version {metadata.get('version')} and this dsft reads version {STORE_VERSION}; "
-            f"remove the folder and run `dsft prepare` again."
+            f"{path} is of store version {version} and this dsft reads version {STORE_VERSION}; remove the folder and "
+            "run `dsft prepare` again."
         )
-    return IndexFile(metadata, arrays, zlib.crc32(body.tobytes()))
+    return header, metadata, 8 + header_bytes
 
 
 def _array(body: npt.NDArray[np.uint8], entry: dict[str, Any]) -> npt.NDArray[Any]:

@@ -1,0 +1,149 @@
+"""Which raw files a source has, in what order, and whether they are the ones of last time."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsft.errors import DataError
+from dsft.store.manifest import fingerprint
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".arrow")
+"""What a source may hold."""
+
+TEXT_FILES_PER_SHARD = 256
+"""A .txt file is one document; this many consecutive ones make one shard."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawShard:
+    """One raw shard: a file, or some consecutive .txt files.
+
+    Attributes:
+        name: path of its first file, relative to what the configuration names.
+        files: in order.
+        num_bytes: size of all files.
+        identity: hash of the files' names, sizes and modification times.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    num_bytes: int
+    identity: str
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    name: str
+    path: Path
+    num_bytes: int
+    mtime_ns: int
+
+
+def list_shards(source_name: str, path: str | Sequence[str]) -> list[RawShard]:
+    """List the raw shards of a source, sorted by path.
+
+    Args:
+        source_name: for messages.
+        path: file, folder (searched to any depth), glob, or a list of them.
+
+    Raises:
+        DataError: something named does not exist, holds no readable kind of file, is empty, or is named twice.
+    """
+    entries = [path] if isinstance(path, str) else list(path)
+    files: dict[str, _File] = {}
+    for entry in entries:
+        found = list(_expand(source_name, entry))
+        if not found:
+            raise DataError(
+                f"data source {source_name!r}: {entry} holds no file of a known kind ({', '.join(SUFFIXES)}), "
+                f"so there is nothing to read; check the path."
+            )
+        for file in found:
+            if (key := os.path.abspath(file.path)) in files:
+                raise DataError(f"data source {source_name!r}: {file.path} is named twice, by {', '.join(entries)}.")
+            files[key] = file
+    if not any(file.num_bytes for file in files.values()):
+        raise DataError(f"data source {source_name!r} is empty: all {len(files)} files of {entries[0]} have 0 bytes.")
+    return list(_group([files[key] for key in sorted(files)]))
+
+
+def listing_fingerprint(shards: Sequence[RawShard]) -> str:
+    """Hash over all raw shards' identities, in order."""
+    return fingerprint([shard.identity for shard in shards])
+
+
+def _expand(source_name: str, entry: str) -> Iterator[_File]:
+    path = Path(entry)
+    if path.is_dir():
+        yield from _folder(source_name, path)
+    elif path.is_file():
+        if not entry.endswith(SUFFIXES):
+            raise DataError(
+                f"data source {source_name!r}: {entry} is of no known kind; a source reads {', '.join(SUFFIXES)}, or a "
+                "folder that datasets.save_to_disk wrote."
+            )
+        yield _file(path, path.parent)
+    elif glob.has_magic(entry):
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        for name in sorted(glob.glob(entry, recursive=True)):
+            match = Path(name)
+            if match.is_dir():
+                yield from _folder(source_name, match)
+            elif name.endswith(SUFFIXES):
+                yield _file(match, root)
+    else:
+        raise DataError(f"data source {source_name!r}: there is no file or folder {entry} (in {os.getcwd()}).")
+
+
+def _folder(source_name: str, folder: Path) -> Iterator[_File]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        raise DataError(
+            f"data source {source_name!r}: {folder} is a saved DatasetDict with the splits {', '.join(splits)}; "
+            f"name one of them, such as {folder / splits[0]}."
+        )
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        state = json.loads((folder / "state.json").read_text())  # other .arrow files there are caches
+        for item in state["_data_files"]:
+            yield _file(folder / item["filename"], folder)
+        return
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            if name.endswith(SUFFIXES) and not name.startswith("."):
+                yield _file(Path(parent, name), folder)
+
+
+def _file(path: Path, root: Path) -> _File:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    name = os.path.relpath(path, root)
+    return _File(Path(name).as_posix(), path, status.st_size, status.st_mtime_ns)
+
+
+def _group(files: Sequence[_File]) -> Iterator[RawShard]:
+    group: list[_File] = []
+    for file in files:
+        joins = file.name.endswith(".txt") and 0 < len(group) < TEXT_FILES_PER_SHARD and group[0].name.endswith(".txt")
+        if group and not joins:
+            yield _shard(group)
+            group = []
+        group.append(file)
+    yield _shard(group)
+
+
+def _shard(files: Sequence[_File]) -> RawShard:
+    return RawShard(
+        name=files[0].name,
+        files=tuple(file.path for file in files),
+        num_bytes=sum(file.num_bytes for file in files),
+        identity=fingerprint([[file.name, file.num_bytes, file.mtime_ns] for file in files]),
+    )

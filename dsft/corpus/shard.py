@@ -1,0 +1,166 @@
+"""Tokenises one raw shard, as a stream, into the token store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dsft.corpus.encode import Encoder
+from dsft.corpus.formats import BadRecord, Completion, Conversation, Format, Sample, Text, parse_record
+from dsft.corpus.listing import RawShard
+from dsft.corpus.sources import Record, read_records
+from dsft.errors import DataError
+from dsft.store.layout import token_dtype
+from dsft.store.types import Document
+from dsft.store.writer import ShardWriter
+
+_BATCH_SAMPLES = 256
+_BATCH_CHARACTERS = 1 << 20
+"""A batch ends with the first sample that reaches either number: memory does not depend on the shard."""
+
+_FINDINGS_SHOWN = 3
+"""Bad records of a file that are shown one by one when they are skipped."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardProgress:
+    """How far the preparation of a shard is."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    read_bytes: int  # of all the shard's raw files
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """All that decides a shard's documents, but the tokenizer.
+
+    Attributes:
+        record_format, text_field: how records are read.
+        has_chat_template: strings of a prompt_completion record become messages.
+        bad_records: ``error`` stops at the first unusable record, ``skip`` counts them.
+        max_documents: documents to take at most; None takes all.
+    """
+
+    record_format: Format
+    text_field: str
+    has_chat_template: bool
+    bad_records: Literal["error", "skip"]
+    max_documents: int | None = None
+
+
+def prepare_shard(
+    folder: Path,
+    number: int,
+    raw: RawShard,
+    task: ShardTask,
+    encoder: Encoder,
+    vocab_tokens: int,
+    report: Callable[[ShardProgress], None],
+    say: Callable[[str], None],
+) -> int:
+    """Write shard ``number`` of a store and publish it. Returns its number of documents.
+
+    Documents without text or without a supervised token are dropped and counted; so are bad records where ``task``
+    says so.
+
+    Raises:
+        DataError: an unusable record (``file:line`` and the reason), or a damaged file.
+        SaveError: the store cannot be written. Nothing half-written is left in either case.
+    """
+    counts: Counter[str] = Counter()
+    shown: Counter[Path] = Counter()
+    documents = tokens = text_bytes = read_bytes = finished_bytes = 0
+    file = raw.files[0]
+    writer = ShardWriter(folder, number, token_dtype(vocab_tokens), raw.name, raw.identity)
+    try:
+        for record, result in _documents(raw, task, encoder):
+            if isinstance(result, BadRecord):
+                if task.bad_records == "error":
+                    raise DataError(
+                        f"{record.location}: {result}. Correct the record, or set data.bad_records: skip to leave such "
+                        "records out and count them."
+                    )
+                counts["bad_records"] += 1
+                shown[record.file] += 1
+                if shown[record.file] <= _FINDINGS_SHOWN:
+                    say(f"skipped {record.location}: {result}")
+                continue
+            reason = _dropped_because(result)
+            if reason:
+                counts[reason] += 1
+                continue
+            writer.add(result)
+            documents += 1
+            tokens += len(result.ids)
+            text_bytes += result.num_bytes
+            if record.file != file:
+                file, finished_bytes = record.file, finished_bytes + read_bytes
+            read_bytes = record.read_bytes
+            report(ShardProgress(documents, tokens, text_bytes, finished_bytes + read_bytes))
+            if documents == task.max_documents:
+                break
+    except BaseException:
+        writer.abort()
+        raise
+    for file, found in shown.items():
+        say(f"skipped {found} bad records of {file}")
+    writer.close(counts)
+    return documents
+
+
+def _documents(raw: RawShard, task: ShardTask, encoder: Encoder) -> Iterator[tuple[Record, Document | BadRecord]]:
+    """Every record of a raw shard with its document, encoded in batches."""
+    columns = [task.text_field] if task.record_format == "text" else None
+    records: list[Record] = []
+    samples: list[Sample | BadRecord] = []
+    characters = 0
+    for record in read_records(raw, columns):
+        sample = _parse(record, task)
+        records.append(record)
+        samples.append(sample)
+        characters += _num_characters(sample)
+        if len(samples) == _BATCH_SAMPLES or characters >= _BATCH_CHARACTERS:
+            yield from _encoded(records, samples, encoder)
+            records, samples, characters = [], [], 0
+    yield from _encoded(records, samples, encoder)
+
+
+def _parse(record: Record, task: ShardTask) -> Sample | BadRecord:
+    if isinstance(record.value, BadRecord):
+        return record.value
+    try:
+        return parse_record(record.value, task.record_format, task.text_field, task.has_chat_template)
+    except BadRecord as error:
+        return error
+
+
+def _encoded(
+    records: list[Record], samples: list[Sample | BadRecord], encoder: Encoder
+) -> Iterator[tuple[Record, Document | BadRecord]]:
+    encoded = iter(encoder.encode([sample for sample in samples if not isinstance(sample, BadRecord)]))
+    for record, sample in zip(records, samples, strict=True):
+        yield record, sample if isinstance(sample, BadRecord) else next(encoded)
+
+
+def _num_characters(sample: Sample | BadRecord) -> int:
+    if isinstance(sample, Text):
+        return len(sample.text)
+    if isinstance(sample, Completion):
+        return len(sample.prompt) + len(sample.completion)
+    if isinstance(sample, Conversation):
+        return sum(len(message.content) for message in sample.messages)
+    return 0
+
+
+def _dropped_because(document: Document) -> str | None:
+    if document.num_bytes == 0:
+        return "without_text"
+    targets = document.spans[:, 1] - np.maximum(document.spans[:, 0], 1)  # token 0 is never predicted
+    return None if int(targets.clip(min=0).sum()) > 0 else "without_supervised_tokens"
