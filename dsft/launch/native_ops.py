@@ -153,8 +153,8 @@ def _build(folder: Path, name: str, device_type: DeviceType, lock: int, progress
     if code != 0:
         raise LaunchError(
             f"DeepSpeed's native op {name} could not be built (exit code {code}); the whole output is in {log}. Its "
-            f"last lines: {_last_lines(log)!r}. A C++ compiler and Python's headers are needed; `make install` builds the "
-            "ops ahead."
+            f"last lines: {_last_lines(log)!r}. A C++ compiler and Python's headers are needed; `make install` builds "
+            "the ops ahead."
         )
     progress(f"built DeepSpeed's {name} in {time.monotonic() - started:.0f} s")
 

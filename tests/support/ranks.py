@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import importlib
 import importlib.util
 import inspect
 import multiprocessing
@@ -33,6 +32,10 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 GRACE_SECONDS = 5.0
 """After one rank has failed, how long the others may take to notice before they are killed."""
+
+
+USED_DEEPSPEED = "deepspeed"
+"""Its shared-memory collectives keep the first rank and world size for ever, so such a process is not used again."""
 
 
 class RankError(Exception):
@@ -62,7 +65,8 @@ def run_ranks(
         function: importable, so not a lambda and not nested. Arguments and results are pickled.
         timeout_seconds: hang limit; the ranks are killed by process id and RankError is raised.
         environ: variables to set in the ranks for this call only.
-        fresh: use new processes and end them afterwards (for code that leaves state behind in its process).
+        fresh: use new processes and end them afterwards (for code that leaves state behind in its process). Processes
+            in which DeepSpeed was imported are ended in any case.
 
     Raises:
         Exception: what the first rank that failed raised (its cause is a RankError with all tracebacks).
@@ -83,10 +87,11 @@ def run_ranks(
         }
         worker.connection.send((_reference(function), pickle.dumps(args), variables))
     outcomes = _collect(workers, timeout_seconds)
-    if fresh or any(outcome[0] != "returned" for outcome in outcomes):
-        _kill(workers)
-    else:
+    is_reusable = not fresh and all(kind == "returned" and text != USED_DEEPSPEED for kind, _, text in outcomes)
+    if is_reusable:
         _idle.extend(workers)
+    else:
+        _kill(workers)
     _raise_failures(outcomes)
     return [pickle.loads(outcome[1]) for outcome in outcomes]
 
@@ -196,7 +201,7 @@ def _serve(connection: Connection) -> None:
         except BaseException as error:  # noqa: BLE001  (whatever it is, the test that waits must hear of it)
             connection.send(("raised", _pickled(error), traceback.format_exc()))
             return  # ends the process, so that ranks that wait for this one notice
-        connection.send(("returned", pickle.dumps(value), ""))
+        connection.send(("returned", pickle.dumps(value), USED_DEEPSPEED if "deepspeed" in sys.modules else ""))
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], variables: dict[str, str]) -> Any:
@@ -213,22 +218,8 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], variables: di
     port = int(variables["MASTER_PORT"])
     groups = control_group(World(rank, size, rank, size, 0, "127.0.0.1", port, "environment"), torch.device("cpu"))
     value = function(groups, *arguments)
-    groups.barrier()
-    _leave()
+    groups.close()
     return value
-
-
-def _leave() -> None:
-    """Destroy the process group and DeepSpeed's memory of it, so that the next task can make another one."""
-    import torch.distributed
-
-    if "deepspeed" in sys.modules:
-        comm = importlib.import_module("deepspeed.comm.comm")
-        if comm.cdb is not None:
-            comm.destroy_process_group()
-            comm.cdb = None
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _import(reference: tuple[str, str, str]) -> Callable[..., Any]:
