@@ -185,7 +185,7 @@ class Planner:
             if cursor.pack >= window.num_packs:
                 raise CheckpointError(
                     f"the checkpoint stands after pack {cursor.pack} of window {cursor.window}, but that window has "
-                    f"only {window.num_packs} packs: the token store or the data section is not the one it was made with."
+                    f"only {window.num_packs} packs: the token store or the data section was another one."
                 )
             yield window
             cursor = window.next_cursor

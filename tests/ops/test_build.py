@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dsft.cli.ops import command
+from dsft.errors import KernelError
+from dsft.ops import backend, build, native
+
+SOURCE = build.source_folder()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DSFT_CACHE_DIR", str(tmp_path / "cache"))
+    native.load_cpu_library.cache_clear()
+    monkeypatch.setattr(backend, "_chosen", None)
+    yield
+    native.load_cpu_library.cache_clear()
+
+
+def broken_compiler(folder: Path) -> str:
+    path = folder / "broken-c++"
+    path.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'fatal error: nothing works here' >&2\nexit 1\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_builds_once_into_a_private_folder() -> None:
+    library = build.build_cpu_library()
+    assert sorted(path.name for path in library.parent.iterdir()) == [build.CPU_LIBRARY, "lock"]
+    assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+    before = library.stat().st_mtime_ns
+    assert build.build_cpu_library() == library
+    assert library.stat().st_mtime_ns == before
+
+
+def test_sources_flags_and_compiler_name_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {build.cpu_library_path().parent.name}
+    copy = tmp_path / "csrc"
+    for path in SOURCE.glob("c*/*"):
+        (copy / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (copy / path.parent.name / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(build, "source_folder", lambda: copy)
+    assert build.cpu_library_path().parent.name in names
+    (copy / "core" / "pack.h").write_text((copy / "core" / "pack.h").read_text() + "\n")
+    names.add(build.cpu_library_path().parent.name)
+    monkeypatch.setenv("CXX", broken_compiler(tmp_path))
+    names.add(build.cpu_library_path().parent.name)
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-g"))
+    names.add(build.cpu_library_path().parent.name)
+    assert len(names) == 4
+
+
+def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
+    script = "import logging; logging.basicConfig(level='INFO'); from dsft.ops.native import *; load_cpu_library()"
+    started = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    output = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], output
+    assert sum("building" in text for text in output) == 1
+
+
+def test_a_lock_of_a_dead_process_does_not_hang(tmp_path: Path) -> None:
+    folder = build.cpu_library_path().parent
+    folder.mkdir(parents=True)
+    script = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+        "print(1, flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, str(folder / "lock")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline()
+    with open(folder / "lock") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    holder.kill()
+    holder.wait(timeout=30)
+    begin = time.monotonic()
+    assert build.build_cpu_library().exists()
+    assert time.monotonic() - begin < 60
+
+
+def test_native_that_cannot_be_built_is_an_error_with_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", broken_compiler(tmp_path))
+    with pytest.raises(KernelError, match="nothing works here"):
+        backend.choose("native")
+    assert not list((tmp_path / "cache").rglob("*.so"))
+    assert [path.name for path in build.cpu_library_path().parent.iterdir()] == ["lock"]
+
+
+def test_auto_falls_back_loudly_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", broken_compiler(tmp_path))
+    assert backend.current() == "reference"
+    assert backend.current() == "reference"
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "nothing works here" in warnings[0].getMessage()
+
+
+def test_the_backend_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="dsft.ops.backend")
+    for _ in range(3):
+        assert backend.choose("auto") == "native"
+    assert backend.current() == "native"
+    assert len(caplog.records) == 1
+    assert backend.choose("reference") == "reference"
+    assert len(caplog.records) == 2
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(KernelError, match="no C"):
+        backend.choose("native")
+
+
+def test_a_damaged_library_is_named(tmp_path: Path) -> None:
+    library = build.build_cpu_library()
+    library.write_bytes(b"not a library")
+    with pytest.raises(KernelError, match="cannot be loaded"):
+        backend.choose("native")
+
+
+def test_a_folder_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    uid = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    with pytest.raises(KernelError, match="another user"):
+        build.build_cpu_library()
+
+
+def test_command_line(tmp_path: Path) -> None:
+    runner = CliRunner()
+    before = json.loads(runner.invoke(command, ["info", "--json"], catch_exceptions=False).output)
+    assert before["built"] is False
+    built = runner.invoke(command, ["build"], catch_exceptions=False)
+    assert built.exit_code == 0
+    assert before["library"] in built.output
+    after = runner.invoke(command, ["info"], catch_exceptions=False)
+    assert "built     True" in after.output
