@@ -60,8 +60,13 @@ def load_model(
         else:
             hf = _from_weights(section, dtype)
         _fit_vocabulary(hf, section, vocab_tokens, added_tokens)
+    _mark_leaf_modules(hf)
     if section.activation_checkpointing:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not hf.supports_gradient_checkpointing:
+            raise ModelError(
+                f"{hf.config.model_type} does not support model.activation_checkpointing; set it to false."
+            )
+        hf.activation_checkpointing_enable({"use_reentrant": False})
     hf.config.use_cache = True  # a saved config serves generation; training passes use_cache=False itself
     return PackedCausalLM(hf, use_kernel=_choose_kernel(section, hf.config, device_type))
 
@@ -186,6 +191,17 @@ def _fit_vocabulary(hf: Any, section: ModelSection, vocab_tokens: int, added_tok
         )
     if added_tokens > 0:
         resize_vocabulary(hf, max(rows, vocab_tokens), first_new=vocab_tokens - added_tokens, end_new=vocab_tokens)
+
+
+def _mark_leaf_modules(hf: Any) -> None:
+    """Let ZeRO-3 gather a layer's experts as one where they are separate modules: a rank may skip any of them.
+
+    Models of transformers itself hold their experts in fused parameters and need nothing; models with code of their
+    own may not.
+    """
+    for module in hf.modules():
+        if isinstance(getattr(module, "experts", None), torch.nn.ModuleList):
+            module._z3_leaf = True  # what deepspeed.utils.set_z3_leaf_modules sets
 
 
 def _choose_kernel(section: ModelSection, config: Any, device_type: str) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from dsft.errors import ModelError
 from dsft.model.attention import ATTENTION_NAME, PackedDocuments, register_attention
 from dsft.model.head import MaskedLMHead, install_head
+from dsft.model.router import router_loss, wants_router_loss
 
 
 class PackedOutput(NamedTuple):
@@ -44,6 +45,7 @@ class PackedCausalLM(nn.Module):
             )
         install_head(hf)
         self.hf = hf
+        self.has_router_loss = wants_router_loss(hf)
         self.use_kernel = use_kernel
 
     def head(self) -> MaskedLMHead:
@@ -66,16 +68,24 @@ class PackedCausalLM(nn.Module):
         rows: torch.Tensor,
         targets: torch.Tensor,
         row_weight: torch.Tensor,
+        num_tokens: int | None = None,
     ) -> PackedOutput:
-        """Loss of one packed row; shapes as in ``dsft.batch.types.PackedBatch``."""
+        """Loss of one packed row; shapes as in ``dsft.batch.types.PackedBatch``.
+
+        ``num_tokens`` (document tokens, without padding) is needed by models with a router loss only.
+        """
         decoder = self.hf.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
             use_cache=False,
             dsft_documents=self.documents(cu_seqlens, max_seqlen),
+            **({"output_router_logits": True} if self.has_router_loss else {}),
         )
         loss, row_nll = self.head()(decoder.last_hidden_state, rows, targets, row_weight)
-        return PackedOutput(loss, row_nll, loss.new_zeros(()))
+        if not self.has_router_loss:
+            return PackedOutput(loss, row_nll, loss.new_zeros(()))
+        assert num_tokens is not None, "a model with a router loss needs the number of document tokens"
+        return PackedOutput(loss, row_nll, router_loss(self.hf, decoder.router_logits, num_tokens))
 
 
 def _use_packed_attention(hf: Any) -> None:
