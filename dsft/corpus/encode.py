@@ -111,7 +111,7 @@ class Encoder:
                 f"{(before or after)!r} beside it; a space or a line break at that border would keep them apart"
             )
         expected = before + region.said + after
-        found = self._decode_inside(ids, start, end)
+        found = self._tokenizer.decode_inside(ids, start, end)
         if found == expected or (found == f" {expected}" and self._follows_control_token(ids, start)):
             return
         unknown = self._tokenizer.hf.unk_token_id
@@ -124,13 +124,6 @@ class Encoder:
                 f"the learned tokens of {region.where} say {found[:60]!r} where the data say {expected[:60]!r}; the "
                 "tokenizer cannot represent this text"
             )
-
-    def _decode_inside(self, ids: npt.NDArray[np.int32], start: int, end: int) -> str:
-        """Text of tokens ``[start, end)`` where they stand (a decoder treats the first token of all differently)."""
-        context = max(start - 1, 0)
-        whole = self._tokenizer.decode(ids[context:end])
-        head = self._tokenizer.decode(ids[context:start]) if start else ""
-        return whole[len(head) :] if whole.startswith(head) else whole
 
     def _follows_control_token(self, ids: npt.NDArray[np.int32], start: int) -> bool:
         """Some tokenizers put a space before a text that follows a control token, as they do at the start."""

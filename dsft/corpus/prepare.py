@@ -20,7 +20,7 @@ from dsft.corpus.chat import ChatMarker
 from dsft.corpus.encode import Encoder
 from dsft.corpus.listing import RawShard, list_shards, listing_fingerprint
 from dsft.corpus.notes import FailureNotes
-from dsft.corpus.progress import PrepareProgress, Reporter
+from dsft.corpus.progress import PrepareProgress, Reporter, no_progress
 from dsft.corpus.shard import ShardTask, prepare_shard
 from dsft.corpus.tokenizer import Tokenizer
 from dsft.errors import DataError, DsftError
@@ -66,7 +66,7 @@ def prepare_sources(
     worker: int,
     num_workers: int,
     bad_records: Literal["error", "skip"],
-    progress: Callable[[PrepareProgress], None],
+    progress: Callable[[PrepareProgress], None] = no_progress,
 ) -> list[Path]:
     """Prepare sources (or find them prepared) and return their store folders, in order.
 
@@ -124,24 +124,34 @@ def _recipe(section: Section, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _job(section: Section, tokenizer: Tokenizer, store_dir: Path, bad_records: Literal["error", "skip"]) -> _Job:
-    has_template = tokenizer.chat_template is not None
+def make_encoder(section: Section, tokenizer: Tokenizer) -> Encoder:
+    """The encoder of a source. Raises DataError where its conversations have no chat template."""
     marker = None
-    if section.format == "messages" or (section.format == "prompt_completion" and has_template):
+    if section.format == "messages" or (section.format == "prompt_completion" and tokenizer.chat_template is not None):
         try:
             marker = ChatMarker(tokenizer)
         except DataError as error:
             raise DataError(f"data source {section.name!r} (format {section.format}): {error}") from error
-    recipe = _recipe(section, tokenizer)
+    return Encoder(tokenizer, section.supervise, marker)
+
+
+def make_task(section: Section, tokenizer: Tokenizer, bad_records: Literal["error", "skip"]) -> ShardTask:
+    """How the records of a source are read."""
+    limit = section.max_documents if isinstance(section, EvaluationSetSection) else None
+    has_template = tokenizer.chat_template is not None
+    return ShardTask(section.format, section.text_field, has_template, bad_records, limit)
+
+
+def _job(section: Section, tokenizer: Tokenizer, store_dir: Path, bad_records: Literal["error", "skip"]) -> _Job:
     shards = list_shards(section.name, section.path)
     return _Job(
         name=section.name,
         folder=source_folder(section, tokenizer, store_dir),
-        recipe=recipe,
+        recipe=_recipe(section, tokenizer),
         shards=shards,
         listing=listing_fingerprint(shards),
-        task=ShardTask(section.format, section.text_field, has_template, bad_records, recipe["max_documents"]),
-        encoder=Encoder(tokenizer, section.supervise, marker),
+        task=make_task(section, tokenizer, bad_records),
+        encoder=make_encoder(section, tokenizer),
         vocab_tokens=tokenizer.vocab_tokens,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 from dsft.corpus.shard import ShardProgress
 
@@ -33,6 +34,54 @@ class PrepareProgress:
     prepared_bytes: int
     total_bytes: int
     line: str = ""
+
+
+def no_progress(progress: PrepareProgress) -> None:
+    """Say nothing."""
+
+
+class ProgressLines:
+    """Turns the reports of all workers into a plain line every few seconds (and every ``line`` at once).
+
+    Args:
+        say: takes one line.
+    """
+
+    def __init__(self, say: Callable[[str], None], every_seconds: float = 5.0) -> None:
+        self._say, self._every_seconds = say, every_seconds
+        self._latest: dict[int, PrepareProgress] = {}
+        self._began = self._said = time.monotonic()
+
+    def __call__(self, progress: PrepareProgress) -> None:
+        """Take one report."""
+        self._latest[progress.worker] = progress
+        if progress.line:
+            self._say(f"prepare: {progress.line}")
+        if time.monotonic() - self._said >= self._every_seconds:
+            self._said = time.monotonic()
+            self._say(f"prepare: {progress.source}: {self.summary()}")
+
+    @property
+    def done_bytes(self) -> tuple[int, int]:
+        """Raw bytes done and in all, over the workers heard of."""
+        reports = self._latest.values()
+        return sum(report.read_bytes for report in reports), sum(report.total_bytes for report in reports)
+
+    def summary(self) -> str:
+        """Documents, tokens, MB/s of text and the time left, over all workers."""
+        reports = list(self._latest.values())
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        documents, tokens, text_bytes, read, found = (
+            sum(getattr(report, name) for report in reports)
+            for name in ("documents", "tokens", "text_bytes", "read_bytes", "prepared_bytes")
+        )
+        total = self.done_bytes[1]
+        left = (total - read) * seconds / (read - found) if read > found else 0.0
+        share = 100.0 * read / total if total else 100.0
+        return (
+            f"{share:.0f} %, {documents:,} documents, {tokens:,} tokens, {text_bytes / seconds / 1e6:.1f} MB/s, "
+            f"{timedelta(seconds=round(left))} left"
+        )
 
 
 class Reporter:

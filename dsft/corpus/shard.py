@@ -80,7 +80,7 @@ def prepare_shard(
     file = raw.files[0]
     writer = ShardWriter(folder, number, token_dtype(vocab_tokens), raw.name, raw.identity)
     try:
-        for record, result in _documents(raw, task, encoder):
+        for record, result in read_documents(raw, task, encoder):
             if isinstance(result, BadRecord):
                 if task.bad_records == "error":
                     raise DataError(
@@ -92,7 +92,7 @@ def prepare_shard(
                 if shown[record.file] <= _FINDINGS_SHOWN:
                     say(f"skipped {record.location}: {result}")
                 continue
-            reason = _dropped_because(result)
+            reason = dropped_because(result)
             if reason:
                 counts[reason] += 1
                 continue
@@ -115,8 +115,10 @@ def prepare_shard(
     return documents
 
 
-def _documents(raw: RawShard, task: ShardTask, encoder: Encoder) -> Iterator[tuple[Record, Document | BadRecord]]:
-    """Every record of a raw shard with its document, encoded in batches."""
+def read_documents(
+    raw: RawShard, task: ShardTask, encoder: Encoder, batch_samples: int = _BATCH_SAMPLES
+) -> Iterator[tuple[Record, Document | BadRecord]]:
+    """Every record of a raw shard with its document, encoded in batches. Raises DataError for a damaged file."""
     columns = [task.text_field] if task.record_format == "text" else None
     records: list[Record] = []
     samples: list[Sample | BadRecord] = []
@@ -126,7 +128,7 @@ def _documents(raw: RawShard, task: ShardTask, encoder: Encoder) -> Iterator[tup
         records.append(record)
         samples.append(sample)
         characters += _num_characters(sample)
-        if len(samples) == _BATCH_SAMPLES or characters >= _BATCH_CHARACTERS:
+        if len(samples) == batch_samples or characters >= _BATCH_CHARACTERS:
             yield from _encoded(records, samples, encoder)
             records, samples, characters = [], [], 0
     yield from _encoded(records, samples, encoder)
@@ -159,7 +161,8 @@ def _num_characters(sample: Sample | BadRecord) -> int:
     return 0
 
 
-def _dropped_because(document: Document) -> str | None:
+def dropped_because(document: Document) -> str | None:
+    """The count under which a document is left out; None where it is kept."""
     if document.num_bytes == 0:
         return "without_text"
     targets = document.spans[:, 1] - np.maximum(document.spans[:, 0], 1)  # token 0 is never predicted

@@ -65,6 +65,13 @@ class Tokenizer:
         """Text of the ids, control tokens included."""
         return str(self.hf.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def decode_inside(self, ids: npt.NDArray[np.int32], start: int, end: int) -> str:
+        """Text of tokens ``[start, end)`` where they stand (a decoder treats the first token of all differently)."""
+        context = max(start - 1, 0)
+        whole = self.decode(ids[context:end])
+        head = self.decode(ids[context:start]) if start else ""
+        return whole[len(head) :] if whole.startswith(head) else whole
+
 
 def load_tokenizer(
     path: str,

@@ -1,0 +1,168 @@
+"""``dsft data stats`` and ``dsft data preview``: what training will see."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from dsft.config.models import RunConfig
+    from dsft.corpus.preview import Preview
+    from dsft.corpus.statistics import SourceStatistics
+    from dsft.store.reader import SourceStore
+
+_FILE = click.argument("file", metavar="RUN.yaml", type=click.Path(path_type=Path))
+_SET = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: --set data.pack_tokens=4096."
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Statistics and previews of a run's data."""
+
+
+@command.command()
+@_FILE
+@_SET
+@_JSON
+def stats(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Count documents and tokens of every source (and prepare what is not prepared)."""
+    from dsft.cli.prepare import prepare_run
+    from dsft.config.load import load_config
+    from dsft.corpus.statistics import source_statistics
+    from dsft.store.reader import SourceStore
+
+    config = load_config(file, overrides)
+    stores = [SourceStore(folder) for folder in prepare_run(config, num_workers=1)]
+    epochs = planned_epochs(config, stores[: len(config.data.sources)])
+    rows = [source_statistics(store) for store in stores]
+    if as_json:
+        values = [{**asdict(row), "epochs": epochs.get(row.name)} for row in rows]
+        click.echo(json.dumps({"sources": values}, indent=2))
+    else:
+        _print_table(rows, epochs)
+
+
+@command.command()
+@_FILE
+@_SET
+@_JSON
+@click.option("--source", "name", help="Only this source or held-out set. [default: all sources]")
+@click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="Records of each source.")
+def preview(file: Path, overrides: tuple[str, ...], as_json: bool, name: str | None, count: int) -> None:
+    """Show the first records of each source as tokens, with what is learned standing out.
+
+    On a terminal learned text is green and the rest is grey; elsewhere learned text is in double brackets. Nothing is
+    written.
+    """
+    from dsft.config.load import load_config
+    from dsft.config.models import EvaluationSetSection, SourceSection
+    from dsft.corpus.preview import preview_source
+    from dsft.errors import ConfigError
+    from dsft.train.setup import model_folder, open_tokenizer
+
+    config = load_config(file, overrides)
+    sections: list[SourceSection | EvaluationSetSection] = list(config.data.sources)
+    if name is not None:
+        known = [*sections, *config.evaluate.sets]
+        sections = [section for section in known if section.name == name]
+        if not sections:
+            names = ", ".join(section.name for section in known)
+            raise ConfigError(f"--source {name}: {file} has no source of that name; it has {names}.")
+    tokenizer = open_tokenizer(config, model_folder(config))
+    previews = {section.name: list(preview_source(section, tokenizer, count)) for section in sections}
+    if as_json:
+        value = [{"name": key, "records": [asdict(item) for item in items]} for key, items in previews.items()]
+        click.echo(json.dumps({"sources": value}, indent=2, ensure_ascii=False))
+        return
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for key, items in previews.items():
+        for item in items:
+            _print_preview(key, item, coloured)
+
+
+def planned_epochs(config: RunConfig, stores: list[SourceStore]) -> dict[str, float]:
+    """How many times the run's tokens pass over each training source, under the overlong policy.
+
+    Source: tokens drawn from a source (budget times its share, stage by stage) over the tokens of one pass. A run given
+    in steps draws at most ``steps * global_batch_packs * pack_tokens`` tokens, and that is taken.
+    """
+    from dsft.sampling.packing import planned_lengths
+
+    train, data = config.train, config.data
+    if train.epochs is not None:
+        return {stores[0].name: train.epochs}
+    budget = train.tokens if train.steps is None else train.steps * train.global_batch_packs * data.pack_tokens
+    assert budget is not None, "the configuration has exactly one of tokens, steps, epochs"
+    stages = [(stage.until_tokens, stage.weights) for stage in data.stages] or [(budget, {})]
+    stages[-1] = (budget, stages[-1][1])  # the last stage runs to the end of training
+    drawn = {source.name: 0.0 for source in data.sources}
+    begin = 0
+    for until, given in stages:
+        weights = given or {source.name: source.weight for source in data.sources}
+        tokens = max(0, min(until, budget) - begin)
+        begin += tokens
+        for source, weight in weights.items():
+            drawn[source] += tokens * weight / sum(weights.values())
+    epochs: dict[str, float] = {}
+    for store in stores:
+        lengths = (store.index(shard).lengths for shard in range(store.num_shards))
+        columns = (planned_lengths(column, data.pack_tokens, data.overlong) for column in lengths)
+        usable = sum(int(column.sum(dtype="int64")) for column in columns)
+        epochs[store.name] = drawn[store.name] / usable if usable else 0.0
+    return epochs
+
+
+def _print_table(rows: list[SourceStatistics], epochs: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("source", box=None, pad_edge=False)
+    percentiles = list(rows[0].length_percentiles)
+    for title in ("shards", "documents", "tokens", "learned", "bytes/token", "epochs"):
+        table.add_column(title, justify="right")
+    for percentile in percentiles:
+        table.add_column(f"p{percentile}", justify="right")
+    table.add_column("longest", justify="right")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.shards:,}",
+            f"{row.documents:,}",
+            f"{row.tokens:,}",
+            f"{row.supervised_share:.1%}",
+            f"{row.bytes_per_token:.2f}",
+            f"{epochs[row.name]:.2f}" if row.name in epochs else "held out",
+            *(f"{row.length_percentiles[percentile]:,}" for percentile in percentiles),
+            f"{row.longest:,}",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    console.print("p5 to longest: tokens a document", style="dim")
+    for row in rows:
+        for reason, count in row.left_out.items():
+            console.print(f"{row.name}: {count:,} records left out: {reason.replace('_', ' ')}")
+
+
+def _print_preview(source: str, item: Preview, coloured: bool) -> None:
+    learned = sum(segment.tokens for segment in item.segments if segment.weight)
+    title = f"{source} · {item.location} · {len(item.ids)} tokens, {learned} learned"
+    if item.left_out:
+        title += f" · left out: {item.left_out}"
+    click.echo(click.style(f"── {title} ──", bold=True) if coloured else f"---- {title} ----")
+    parts = []
+    for segment in item.segments:
+        if coloured:
+            colour = "green" if segment.weight else "bright_black"
+            parts.append(click.style(segment.text, fg=colour, underline=segment.weight not in (0.0, 1.0)))
+        else:
+            parts.append(f"[[{segment.text}]]" if segment.weight else segment.text)
+    click.echo("".join(parts))

@@ -1,0 +1,80 @@
+"""``dsft prepare``: raw data to token stores."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from dsft.config.models import RunConfig
+    from dsft.corpus.progress import PrepareProgress
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("file", metavar="RUN.yaml", type=click.Path(path_type=Path))
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: --set data.bad_records=skip."
+)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that tokenise.")
+def command(file: Path, overrides: tuple[str, ...], workers: int) -> None:
+    """Turn the raw data of RUN.yaml into token stores.
+
+    What is prepared already is kept; a command that was stopped continues where it was. `dsft train` does the same by
+    itself, with its ranks as the workers.
+    """
+    from dsft.config.load import load_config
+    from dsft.store.reader import SourceStore
+
+    config = load_config(file, overrides)
+    for folder in prepare_run(config, workers):
+        manifest = SourceStore(folder).manifest
+        left_out = "".join(f", {count:,} {reason.replace('_', ' ')}" for reason, count in manifest.counts.items())
+        click.echo(
+            f"{manifest.name}: {int(manifest.num_documents.sum()):,} documents, "
+            f"{int(manifest.num_tokens.sum()):,} tokens in {len(manifest.raw_names):,} shards{left_out} -> {folder}"
+        )
+
+
+def prepare_run(config: RunConfig, num_workers: int) -> list[Path]:
+    """Prepare every source and held-out set of a run with a progress display on stderr; returns the store folders."""
+    from functools import partial
+
+    from dsft.config.models import EvaluationSetSection, SourceSection
+    from dsft.corpus.workers import prepare_with_workers
+    from dsft.train.setup import model_folder, open_tokenizer, store_folder
+
+    make_tokenizer = partial(open_tokenizer, config, model_folder(config))
+    sections: list[SourceSection | EvaluationSetSection] = [*config.data.sources, *config.evaluate.sets]
+    with progress_display() as progress:
+        return prepare_with_workers(
+            make_tokenizer, sections, store_folder(config), num_workers, config.data.bad_records, progress
+        )
+
+
+@contextmanager
+def progress_display() -> Iterator[Callable[[PrepareProgress], None]]:
+    """A bar on a terminal, a line every few seconds elsewhere; both on stderr."""
+    from dsft.corpus.progress import ProgressLines
+
+    if not sys.stderr.isatty():
+        yield ProgressLines(lambda line: click.echo(line, err=True))
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[summary]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        lines = ProgressLines(bar.console.print, every_seconds=float("inf"))
+        task = bar.add_task("prepare", total=None, summary="")
+
+        def show(progress: PrepareProgress) -> None:
+            lines(progress)
+            done, total = lines.done_bytes
+            bar.update(task, description=progress.source, completed=done, total=total, summary=lines.summary())
+
+        yield show
