@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dsft.batch.types import model_inputs
 from dsft.config.models import RunConfig
 from dsft.metrics.throughput import peak_memory_bytes
+from dsft.model.flops import ModelCost
 from dsft.train import setup
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class DryRun:
     peak_memory_bytes: int
 
 
-def dry_run(config: RunConfig, data: setup.Data, groups: Groups, engine: Any, cost: setup.ModelCost) -> DryRun:
+def dry_run(config: RunConfig, data: setup.Data, groups: Groups, engine: Any, cost: ModelCost) -> DryRun:
     """Run the whole plan and one micro-batch; collective. Nothing is trained or written."""
     loader = setup.build_loader(
         config, data, setup.build_planner(config, data), cost, rank=groups.rank, num_ranks=groups.size

@@ -10,7 +10,7 @@ from dsft.batch.loader import Loader
 from dsft.batch.types import StepBatch
 from dsft.dist import Groups
 from dsft.errors import DataError, DsftError, TrainingError
-from dsft.launch.stop import StopRequest
+from dsft.launch.stop import StopFlag
 from dsft.metrics.recorder import Recorder
 from dsft.train.control import Proposal, agree, propose
 from dsft.train.evaluation import EvaluationPlan
@@ -34,7 +34,7 @@ class Run:
     evaluation: EvaluationPlan
     recorder: Recorder
     step_log: StepLog
-    stop: StopRequest
+    stop: StopFlag
     profiler: Profiler
     seed: int
     salt: int
@@ -74,7 +74,7 @@ def train(run: Run, state: TrainState) -> str:
                 step=state.step,
             )
         _advance(state, batch, agreed.num_supervised, result)
-        run.step_log.add(state.step, agreed, result, run.loader.take_wait_seconds())
+        run.step_log.add(state.step, batch.plan, agreed, result)
         _check_finite(run, state, batch, result)
         if state.step % run.log_every_steps == 0:
             _write_step(run, state, result, lr, batch.plan.stage)
@@ -100,7 +100,7 @@ def _propose_next(run: Run, batches: Iterator[StepBatch]) -> Proposal:
         error = DataError(
             f"rank {run.groups.world.rank}: reading training data failed: {caught}. Check the store's disk."
         )
-    return propose(run.groups, batch, error, stop=run.stop.requested, salt=run.salt)
+    return propose(run.groups, batch, error, stop=run.stop.requested is not None, salt=run.salt)
 
 
 def _advance(state: TrainState, batch: StepBatch, num_supervised: int, result: StepResult) -> None:
@@ -135,7 +135,7 @@ def _check_finite(run: Run, state: TrainState, batch: StepBatch, result: StepRes
 
 
 def _write_step(run: Run, state: TrainState, result: StepResult, lr: float, stage: int) -> None:
-    record = run.step_log.record(result, lr)
+    record = run.step_log.record(result, lr, run.loader.wait_seconds)
     counters = {
         "step": state.step,
         "stage": stage,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,11 @@ import torch
 
 from dsft.batch.collate import BatchSpec
 from dsft.batch.loader import Loader
-from dsft.config.deepspeed import build_deepspeed_config
 from dsft.config.models import EvaluationSetSection, RunConfig, SourceSection
 from dsft.corpus.prepare import prepare_sources
+from dsft.corpus.progress import ProgressLines
 from dsft.corpus.tokenizer import Tokenizer, load_tokenizer
-from dsft.dist import Groups
+from dsft.dist import DeviceType, Groups
 from dsft.export.resolve import is_dsft_folder, weights_folder
 from dsft.model.flops import ModelCost
 from dsft.model.load import load_model
@@ -26,6 +28,8 @@ from dsft.sampling.plan import Planner
 from dsft.sampling.types import Pieces, PlannedSource, Stage
 from dsft.store.reader import SourceStore
 from dsft.train.optimizer import build_optimizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,15 @@ def store_folder(config: RunConfig) -> Path:
 def open_data(config: RunConfig, tokenizer: Tokenizer, *, worker: int, num_workers: int) -> Data:
     """Prepare what is not prepared (each worker its own shards) and open the stores."""
     sections: list[SourceSection | EvaluationSetSection] = [*config.data.sources, *config.evaluate.sets]
-    folders = prepare_sources(sections, tokenizer, store_folder(config), worker, num_workers, config.data.bad_records)
+    folders = prepare_sources(
+        sections,
+        tokenizer,
+        store_folder(config),
+        worker,
+        num_workers,
+        config.data.bad_records,
+        ProgressLines(logger.info),
+    )
     stores = [SourceStore(folder) for folder in folders]
     num_sources = len(config.data.sources)
     return Data(tokenizer, tuple(stores[:num_sources]), tuple(stores[num_sources:]))
@@ -156,12 +168,16 @@ def build_loader(
 
 
 def build_engine(
-    config: RunConfig, data: Data, groups: Groups, folder: str | None, device_type: str
+    config: RunConfig,
+    data: Data,
+    groups: Groups,
+    folder: str | None,
+    deepspeed_config: dict[str, Any],
+    device_type: DeviceType,
 ) -> tuple[Any, Any]:
-    """Model, optimizer and DeepSpeed engine; returns the engine and the model's Hugging Face config."""
+    """Model, optimizer and DeepSpeed engine; returns the engine and the model's Hugging Face config. Collective."""
     import deepspeed
 
-    deepspeed_config = build_deepspeed_config(config, groups.world.size, device_type)
     section = config.model if folder == config.model.path else config.model.model_copy(update={"path": folder})
     model: PackedCausalLM = load_model(
         section,
@@ -172,10 +188,11 @@ def build_engine(
         deepspeed_config=deepspeed_config,
     )
     freeze(model, config.train.freeze)
-    zero = deepspeed_config.get("zero_optimization", {})
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     optimizer = build_optimizer(
-        parameter_groups(model, config.train.weight_decay), config.train, offloaded=offloaded, device_type=device_type
+        parameter_groups(model, config.train.weight_decay),
+        config.train,
+        offloaded=is_offloaded(deepspeed_config),
+        device_type=device_type,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     return engine, model.hf.config
@@ -201,8 +218,12 @@ def write_model_folder(folder: Path, hf_config: Any, tokenizer: Tokenizer, model
     tokenizer.hf.save_pretrained(folder)
 
 
-def device_type() -> str:
-    """``cuda`` where DeepSpeed's accelerator is one, else ``cpu``."""
-    from deepspeed.accelerator import get_accelerator
+def choose_device_type(environ: Mapping[str, str]) -> DeviceType:
+    """``cuda`` where there is a device, else ``cpu``; DS_ACCELERATOR=cpu decides for the CPU on a machine with GPUs."""
+    return "cuda" if torch.cuda.is_available() and environ.get("DS_ACCELERATOR", "cuda") == "cuda" else "cpu"
 
-    return "cuda" if get_accelerator().device_name().startswith("cuda") and torch.cuda.is_available() else "cpu"
+
+def is_offloaded(deepspeed_config: dict[str, Any]) -> bool:
+    """Whether the optimizer's state lives in host memory or on NVMe."""
+    offload = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return bool(offload.get("device", "none") != "none")

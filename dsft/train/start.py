@@ -5,25 +5,41 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dsft.config.load import config_to_json
+from dsft import dist
+from dsft.config.deepspeed import build_deepspeed_config
+from dsft.config.load import config_differences, config_to_json
 from dsft.config.models import RunConfig
 from dsft.constants import EXIT_OK, EXIT_STOPPED_EARLY
 from dsft.errors import DsftError
+from dsft.evaluate.overfit import OverfitWatch
+from dsft.evaluate.run import HeldOutSet
 from dsft.fsio import write_json
-from dsft.launch.native_ops import prepare_deepspeed_ops
+from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
+from dsft.launch.owner import RunFolder, take_run_folder
+from dsft.launch.stop import StopFlag
+from dsft.metrics.console import Console, set_up_logging
+from dsft.metrics.recorder import Recorder
+from dsft.metrics.throughput import Throughput
+from dsft.model.flops import ModelCost, model_cost
+from dsft.model.probe import prove
+from dsft.ops.backend import choose as choose_kernels
+from dsft.train import setup
+from dsft.train.dry_run import describe, dry_run
+from dsft.train.evaluation import EvaluationPlan
+from dsft.train.loop import Run, train
+from dsft.train.profiling import Profiler
+from dsft.train.resume import restore
+from dsft.train.saving import Saver
+from dsft.train.schedule import build_schedule
+from dsft.train.state import TrainState
+from dsft.train.step_log import StepLog
 from dsft.world import check_world_size, discover_world
-
-if TYPE_CHECKING:
-    from dsft.dist import Groups
-    from dsft.launch.owner import RunFolder
-    from dsft.train.loop import Run
-    from dsft.train.setup import Data
-    from dsft.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +61,20 @@ class Options:
     profile_steps: range = range(0)
 
 
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """What this process is and holds before there is a model."""
+
+    groups: dist.Groups
+    device_type: dist.DeviceType
+    deepspeed_config: dict[str, Any]
+    folder: RunFolder
+    stop: StopFlag
+    phases: Phases
+
+
 class Phases:
-    """Seconds of each phase of the start, for ``start.json`` and the log."""
+    """Seconds of each phase of the start, written to ``start.json``."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -55,7 +83,7 @@ class Phases:
     def done(self, name: str) -> None:
         """The phase that just ended was ``name``."""
         now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self.seconds[name] = now - self._since
         self._since = now
 
 
@@ -68,52 +96,53 @@ def start(config: RunConfig, options: Options, *, local_rank_argument: int | Non
     phases = Phases()
     world = discover_world(os.environ, local_rank_argument)
     check_world_size(world, config.run.world_size)
-    prepare_deepspeed_ops(world)
+    set_up_logging(is_main=world.rank == 0, who=f"{socket.gethostname()}, rank {world.rank}")
+    device_type = setup.choose_device_type(os.environ)
+    deepspeed_config = build_deepspeed_config(config, world.size, device_type)
+    cpu_adam = setup.is_offloaded(deepspeed_config)
+    prepare_deepspeed_ops(needed_ops(device_type, cpu_adam=cpu_adam), device_type)
+    choose_kernels(config.kernels)
     phases.done("op_build_seconds")
-    from dsft import dist
-    from dsft.launch.owner import RunFolder
-    from dsft.train.setup import device_type
+    groups = dist.init(world, device_type)
+    phases.done("process_group_seconds")
+    folder = take_run_folder(Path(config.run.dir), groups)
+    try:
+        with StopFlag() as stop:
+            return _run(config, options, Rank(groups, device_type, deepspeed_config, folder, stop, phases))
+    except DsftError as error:
+        folder.write_state("failed", step=-1, error=str(error))
+        raise
+    finally:
+        folder.release()
 
-    groups = dist.init(world, device_type())
-    phases.done("imports_seconds")
-    with RunFolder(Path(config.run.dir), groups) as folder:
-        try:
-            return _run(config, options, groups, folder, phases)
-        except DsftError:
-            folder.set_status("failed")
-            raise
 
-
-def _run(config: RunConfig, options: Options, groups: Groups, folder: RunFolder, phases: Phases) -> int:
-    from dsft.train import setup
-    from dsft.train.dry_run import dry_run
-    from dsft.train.loop import train
-
-    data, weights = _agreed_data(config, groups)
-    phases.done("prepare_seconds")
+def _run(config: RunConfig, options: Options, rank: Rank) -> int:
+    data, weights = _agreed_data(config, rank.groups)
+    rank.phases.done("prepare_seconds")
+    engine, hf_config = setup.build_engine(config, data, rank.groups, weights, rank.deepspeed_config, rank.device_type)
+    cost = model_cost(hf_config)
+    rank.phases.done("model_seconds")
     if options.dry_run:
-        dry_run(config, data, groups, weights)
+        result = dry_run(config, data, rank.groups, engine, cost)
+        logger.info("%s", describe(result))
+        rank.groups.close()
         return EXIT_OK
-    engine, hf_config = setup.build_engine(config, data, groups, weights)
-    phases.done("model_seconds")
-    run, state = build_run(config, options, data, groups, folder, engine, hf_config)
-    phases.done("resume_seconds")
-    if groups.rank == 0:
-        write_json(folder.path / "config.json", config_to_json(config))
-        write_json(folder.path / "start.json", phases.seconds)
-    folder.set_status("running")
+    run, state = build_run(config, options, data, rank, engine, hf_config, cost)
+    rank.phases.done("resume_and_probe_seconds")
+    if rank.groups.rank == 0:
+        write_json(rank.folder.path / "config.json", config_to_json(config))
+        write_json(rank.folder.path / "start.json", rank.phases.seconds)
+    rank.folder.write_state("running", state.step)
     outcome = train(run, state)
     run.recorder.close()
     run.loader.close()
-    folder.set_status("stopped" if outcome == "stopped" else "finished", step=state.step, outcome=outcome)
-    groups.close()
+    rank.folder.write_state("stopped" if outcome == "stopped" else "finished", state.step, outcome=outcome)
+    rank.groups.close()
     return EXIT_STOPPED_EARLY if outcome == "stopped" else EXIT_OK
 
 
-def _agreed_data(config: RunConfig, groups: Groups) -> tuple[Data, str | None]:
+def _agreed_data(config: RunConfig, groups: dist.Groups) -> tuple[setup.Data, str | None]:
     """Tokenizer and stores; an error on one rank (a bad record in its shard) ends all of them with its message."""
-    from dsft.train import setup
-
     error: DsftError | None = None
     try:
         weights = setup.model_folder(config)
@@ -126,71 +155,46 @@ def _agreed_data(config: RunConfig, groups: Groups) -> tuple[Data, str | None]:
 
 
 def build_run(
-    config: RunConfig,
-    options: Options,
-    data: Data,
-    groups: Groups,
-    folder: RunFolder,
-    engine: Any,
-    hf_config: Any,
+    config: RunConfig, options: Options, data: setup.Data, rank: Rank, engine: Any, hf_config: Any, cost: ModelCost
 ) -> tuple[Run, TrainState]:
-    """Assemble the run around a built engine, and its state: fresh, or of the checkpoint to resume from."""
-    from dsft.evaluate.overfit import OverfitWatch
-    from dsft.evaluate.run import HeldOutSet
-    from dsft.launch.stop import StopRequest
-    from dsft.metrics.recorder import Recorder
-    from dsft.model.flops import model_cost
-    from dsft.model.probe import prove
-    from dsft.train import setup
-    from dsft.train.evaluation import EvaluationPlan
-    from dsft.train.loop import Run
-    from dsft.train.profiling import Profiler
-    from dsft.train.resume import restore
-    from dsft.train.saving import Saver
-    from dsft.train.schedule import build_schedule
-    from dsft.train.step_log import StepLog
-
+    """Assemble the run around a built engine, and its state: fresh, or of the checkpoint to resume from. Collective."""
+    groups, folder = rank.groups, rank.folder
     is_main = groups.rank == 0
     names = tuple(source.name for source in config.data.sources)
     planner = setup.build_planner(config, data)
-    cost = model_cost(hf_config)
-    loader = setup.build_loader(config, data, planner, cost, rank=groups.rank, num_ranks=groups.size)
     identity = {
         "config": config_to_json(config),
         "stores": {name: store.fingerprint for name, store in zip(names, data.stores, strict=True)},
         "world_size": groups.size,
     }
     saver = Saver(config.checkpoint, folder.path / "checkpoints", folder.path / "model", folder.attempt, identity)
-    recorder = Recorder(folder.path, config.log.sinks, is_main=is_main, attempt=folder.attempt)
+    tokens = setup.train_tokens(config, data)
+    console = Console(config.train.steps, tokens) if is_main else None
+    recorder = Recorder(folder.path, config.log.sinks, is_main=is_main, console=console)
     state = restore(
-        options.resume,
-        saver,
-        engine,
-        groups,
-        recorder,
-        planner.start(),
-        allow_data_change=options.allow_data_change,
+        options.resume, saver, engine, groups, recorder, planner.start(), allow_data_change=options.allow_data_change
     )
     prove(engine.module, engine.device)
     if is_main:
         setup.write_model_folder(folder.path / "model", hf_config, data.tokenizer, engine.module)
-    section = config.evaluate
-    watch = OverfitWatch.from_json(section.early_stop.patience if section.early_stop else 3, state.overfit)
-    sets = tuple(
-        HeldOutSet(one, store, setup.held_out_spec(config, data.tokenizer, store))
-        for one, store in zip(section.sets, data.held_out, strict=True)
+    throughput = Throughput(
+        cost.flops_per_token,
+        cost.flops_per_token_pair,
+        cost.flops_per_row,
+        device=engine.device,
+        dtype=config.model.dtype,
+        num_ranks=groups.size,
     )
-    tokens = setup.train_tokens(config, data)
     run = Run(
         engine=engine,
         groups=groups,
-        loader=loader,
+        loader=setup.build_loader(config, data, planner, cost, rank=groups.rank, num_ranks=groups.size),
         schedule=build_schedule(config.train.schedule, lr=config.train.lr, steps=config.train.steps, tokens=tokens),
         saver=saver,
-        evaluation=EvaluationPlan(section, sets, data.tokenizer, watch),
+        evaluation=_evaluation(config, data, state),
         recorder=recorder,
-        step_log=StepLog(groups, names, cost, folder.path / "data_log.jsonl" if is_main else None, folder.attempt),
-        stop=StopRequest(),
+        step_log=StepLog(groups, names, throughput, folder.path if is_main else None, folder.attempt, engine.device),
+        stop=rank.stop,
         profiler=Profiler(options.profile_steps, folder.path / "profile", groups.rank),
         seed=config.run.seed,
         salt=_salt(identity),
@@ -202,10 +206,18 @@ def build_run(
     return run, state
 
 
+def _evaluation(config: RunConfig, data: setup.Data, state: TrainState) -> EvaluationPlan:
+    section = config.evaluate
+    patience = section.early_stop.patience if section.early_stop is not None else 3
+    sets = tuple(
+        HeldOutSet(one, store, setup.held_out_spec(config, data.tokenizer, store))
+        for one, store in zip(section.sets, data.held_out, strict=True)
+    )
+    return EvaluationPlan(section, sets, data.tokenizer, OverfitWatch.from_json(patience, state.overfit))
+
+
 def _salt(identity: dict[str, Any]) -> int:
     """Hash of stores and order-relevant configuration: ranks that differ in either disagree at their first step."""
-    from dsft.config.load import config_differences
-
     order = [(d.key, d.new) for d in config_differences({}, identity["config"]) if d.changes_data_order]
     digest = hashlib.blake2b(repr((order, sorted(identity["stores"].items()))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

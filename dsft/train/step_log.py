@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from dsft.fsio import append_line
+from dsft.metrics.json_lines import JsonLines
 from dsft.metrics.throughput import Throughput
+from dsft.sampling.types import StepPlan
 from dsft.train.control import Agreement
 from dsft.train.step import StepResult
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dsft.dist import Groups
+
+DATA_LOG_NAME = "data_log.jsonl"
+"""One line a step: the hash of what the model was given. ``data verify-run`` will recompute it from the store."""
 
 
 class StepLog:
@@ -25,7 +30,9 @@ class StepLog:
         groups: process groups; every rank calls :meth:`record` at the same steps.
         source_names: names of the sources in configuration order.
         throughput: turns counts and seconds into rates.
-        data_log: file of the per-step hashes; None on ranks other than 0.
+        run_dir: where the log of the per-step hashes goes; None on ranks other than 0.
+        attempt: id of this start of the run.
+        device: of this rank's model.
     """
 
     def __init__(
@@ -33,14 +40,15 @@ class StepLog:
         groups: Groups,
         source_names: tuple[str, ...],
         throughput: Throughput,
-        data_log: Path | None,
+        run_dir: Path | None,
         attempt: str,
         device: torch.device,
     ) -> None:
         self._groups = groups
         self._names = source_names
         self._throughput = throughput
-        self._data_log = data_log
+        self._data_log = None if run_dir is None else JsonLines(run_dir / DATA_LOG_NAME)
+        self._waited_before = 0.0
         self._attempt = attempt
         self._device = device
         self._clear()
@@ -49,27 +57,33 @@ class StepLog:
         self._source_loss = torch.zeros(2, len(self._names), dtype=torch.float64, device=self._device)
         self._counts = {"supervised": 0, "other": 0, "padding": 0, "idle": 0}
         self._started = time.perf_counter()
-        self._wait_seconds = 0.0
+        self._num_pairs = 0
         self._excluded_seconds = 0.0
 
-    def add(self, step: int, agreed: Agreement, result: StepResult, wait_seconds: float) -> None:
+    def add(self, step: int, plan: StepPlan, agreed: Agreement, result: StepResult) -> None:
         """Count a step that was run, and write what it was given to the data log."""
         self._source_loss += result.source_loss
         self._counts["supervised"] += agreed.num_supervised
         self._counts["other"] += agreed.num_tokens - agreed.num_supervised
         self._counts["padding"] += agreed.num_padding
         self._counts["idle"] += agreed.num_idle
-        self._wait_seconds += wait_seconds
+        self._num_pairs += sum(int(np.square(pack.length, dtype=np.int64).sum()) for pack in plan.packs)
         if self._data_log is not None:
             entry = {"step": step, "attempt": self._attempt, "data_hash": agreed.data_hash, "tokens": agreed.num_tokens}
-            append_line(self._data_log, {**entry, "supervised": agreed.num_supervised, "applied": result.applied})
+            self._data_log.write({**entry, "supervised": agreed.num_supervised, "applied": result.applied})
 
     def exclude(self, seconds: float) -> None:
         """Leave ``seconds`` (an evaluation, a save) out of the rates."""
         self._excluded_seconds += seconds
 
-    def record(self, result: StepResult, lr: float) -> dict[str, Any]:
-        """The record of the steps since the last one: loss over all ranks, per source, rates, memory. Collective."""
+    def record(self, result: StepResult, lr: float, waited_seconds: float) -> dict[str, Any]:
+        """The record of the steps since the last one: loss over all ranks, per source, rates, memory. Collective.
+
+        Args:
+            result: of the last step.
+            lr: its learning rate.
+            waited_seconds: that this rank has waited for data since the start.
+        """
         seconds = max(time.perf_counter() - self._started - self._excluded_seconds, 1e-9)
         totals = self._groups.sum(self._source_loss.flatten().cpu().numpy()).reshape(2, len(self._names))
         weighted, weight = totals[0], totals[1]
@@ -82,9 +96,10 @@ class StepLog:
             "lr": lr,
             "grad_norm": result.grad_norm,
             "applied": result.applied,
-            "data_wait_seconds": self._wait_seconds,
+            "data_wait_seconds": waited_seconds - self._waited_before,
             "seconds": seconds,
-            **self._throughput.rates(self._counts, seconds),
+            **self._throughput.rates(self._counts, self._num_pairs, seconds),
         }
+        self._waited_before = waited_seconds
         self._clear()
         return record

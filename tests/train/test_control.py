@@ -54,7 +54,7 @@ def decide(batches: list[StepBatch | None], *, stop=(), salts=None, errors=None)
     for proposal in proposals:
         try:
             results.append(agree(proposal))
-        except Exception as error:
+        except (DataError, TrainingError) as error:
             results.append(error)
     return results
 

@@ -1,0 +1,82 @@
+"""Where records go: ``metrics.jsonl`` always, TensorBoard when asked for, and the console of rank 0."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsft.errors import ConfigError
+from dsft.metrics.console import Console
+from dsft.metrics.json_lines import JsonLines
+
+logger = logging.getLogger(__name__)
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class Recorder:
+    """Writes records on rank 0; on other ranks it does nothing.
+
+    Args:
+        run_dir: folder of the run.
+        sinks: ``log.sinks`` of the configuration.
+        is_main: this is rank 0.
+        console: shows records to a person; None: only the files.
+    """
+
+    def __init__(self, run_dir: Path, sinks: Sequence[str], *, is_main: bool, console: Console | None = None) -> None:
+        self._lines = JsonLines(run_dir / METRICS_NAME) if is_main else None
+        self._board = _tensorboard(run_dir) if is_main and "tensorboard" in sinks else None
+        self._console = console if is_main else None
+
+    def write(self, kind: str, record: dict[str, Any]) -> None:
+        """Record ``record`` (with its ``step``) as of now."""
+        if self._lines is not None:
+            self._lines.write({"kind": kind, "time": time.time(), **record})
+        if self._board is not None:
+            for name, value in _scalars(record):
+                self._board.add_scalar(f"{_group(kind, record)}/{name}", value, record["step"])
+        if self._console is not None:
+            self._console.show(kind, record)
+
+    def warn(self, message: str) -> None:
+        """Say something loudly, and keep it."""
+        if self._lines is not None:
+            logger.warning("%s", message)
+            self._lines.write({"kind": "warning", "time": time.time(), "message": message})
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._lines is not None:
+            self._lines.close()
+        if self._board is not None:
+            self._board.close()
+        if self._console is not None:
+            self._console.close()
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "log.sinks names tensorboard, which is not installed. Install dsft[tensorboard], or remove it."
+        ) from error
+    return SummaryWriter(log_dir=str(run_dir / "tensorboard"))
+
+
+def _group(kind: str, record: dict[str, Any]) -> str:
+    return f"{kind}/{record['set']}" if "set" in record else kind
+
+
+def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    scalars: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, dict):
+            scalars += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
+            scalars.append((prefix + name, float(value)))
+    return scalars
