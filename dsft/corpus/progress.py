@@ -50,10 +50,12 @@ class ProgressLines:
     def __init__(self, say: Callable[[str], None], every_seconds: float = 5.0) -> None:
         self._say, self._every_seconds = say, every_seconds
         self._latest: dict[int, PrepareProgress] = {}
-        self._began = self._said = time.monotonic()
+        self._began = self._said = 0.0
 
     def __call__(self, progress: PrepareProgress) -> None:
-        """Take one report."""
+        """Take one report. The clock starts with the first."""
+        if not self._latest:
+            self._began = self._said = time.monotonic()
         self._latest[progress.worker] = progress
         if progress.line:
             self._say(f"prepare: {progress.line}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding
+from tokenizers import Encoding, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from dsft.corpus.control_tokens import ControlTokens
@@ -179,8 +179,8 @@ def _is_bare_sentencepiece(folder: Path) -> bool:
 
 
 def _load_sentencepiece(folder: Path) -> Any:
-    """transformers has two conversions of a bare model, one with and one without SentencePiece's dummy prefix; take the
-    one that agrees with sentencepiece itself on plain words."""
+    """Convert a bare model. transformers' general conversion forgets SentencePiece's dummy prefix (the space before the
+    first word), and its Llama one knows BPE models only; take what agrees with sentencepiece itself on plain words."""
     import sentencepiece
     from transformers import AutoTokenizer, LlamaTokenizer
 
@@ -193,6 +193,10 @@ def _load_sentencepiece(folder: Path) -> Any:
         hf = loader.from_pretrained(folder, **special)
         if hf.encode(words, add_special_tokens=False) == expected:
             return hf
+    hf.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    hf.backend_tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    if hf.encode(words, add_special_tokens=False) == expected:
+        return hf
     raise ValueError("transformers' conversion of this SentencePiece model gives other ids than sentencepiece itself.")
 
 
