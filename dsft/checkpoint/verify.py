@@ -23,7 +23,7 @@ def verify(checkpoint: Path, groups: Groups) -> None:
     Raises:
         CheckpointError: on every rank alike, naming the file and what is wrong with it.
     """
-    groups.agree(_damage(checkpoint, groups.rank, groups.size))
+    groups.agree(find_damage(checkpoint, groups.rank, groups.size))
 
 
 def newest_verified(folder: Path, groups: Groups) -> Path:
@@ -44,7 +44,8 @@ def newest_verified(folder: Path, groups: Groups) -> Path:
     raise no_checkpoint(folder)
 
 
-def _damage(checkpoint: Path, rank: int, size: int) -> CheckpointError | None:
+def find_damage(checkpoint: Path, rank: int = 0, size: int = 1) -> CheckpointError | None:
+    """What is wrong with rank ``rank``'s share of the files, or None. By default all files; not collective."""
     try:
         manifest = read_manifest(checkpoint)
     except CheckpointError as error:

@@ -6,7 +6,6 @@ weights that are left out, the layout of experts and the shards are those that `
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dsft.checkpoint.payload import TAG
+from dsft.checkpoint.verify import find_damage
 from dsft.errors import CheckpointError, ConfigError
-from dsft.fsio import fsync_folder, save_error
+from dsft.fsio import fsync_file, fsync_folder, save_error
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +25,6 @@ ExportType = Literal["bf16", "fp32"]
 DEFAULT_SHARD_BYTES = 5_000_000_000
 MODEL_FOLDER = "model"
 """Folder of a checkpoint that holds config.json, tokenizer files, chat template and generation config."""
-PAYLOAD_FOLDER = "payload"
-_WRITTEN_BY_TRANSFORMERS = frozenset({"config.json"})
 
 
 def export_checkpoint(
@@ -54,21 +53,21 @@ def export_checkpoint(
     """
     import torch
 
-    from dsft.checkpoint.verify import verify
     from dsft.export.weights import read_weights
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already and not empty; export never overwrites. Name another folder.")
-    verify(checkpoint)
+    damage = find_damage(checkpoint)
+    if damage is not None:
+        raise damage
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     model = _empty_model(checkpoint / MODEL_FOLDER, torch_dtype, trust_remote_code)
-    weights = read_weights(checkpoint / PAYLOAD_FOLDER, torch_dtype)
+    weights = read_weights(checkpoint / TAG, torch_dtype)
     _check_weights(checkpoint, model.state_dict(), weights)
     with _staged_folder(out) as staging:
         model.save_pretrained(staging, state_dict=weights, max_shard_size=max_shard_bytes)
-        for file in sorted((checkpoint / MODEL_FOLDER).iterdir()):
-            if file.is_file() and file.name not in _WRITTEN_BY_TRANSFORMERS:
-                shutil.copyfile(file, staging / file.name)
+        others = shutil.ignore_patterns("config.json")  # transformers has written it, with the exported dtype
+        shutil.copytree(checkpoint / MODEL_FOLDER, staging, dirs_exist_ok=True, ignore=others)
 
 
 def _empty_model(model_folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -115,9 +114,8 @@ def _staged_folder(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         yield staging
-        for file in staging.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+        for path in staging.rglob("*"):
+            fsync_file(path)  # a folder, too
         fsync_folder(staging)
         staging.chmod(0o755)  # mkdtemp makes it private
         if out.exists():

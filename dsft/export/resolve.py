@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dsft.checkpoint.discover import newest
+from dsft.checkpoint.manifest import MANIFEST_NAME
 from dsft.errors import CheckpointError
 from dsft.export.hugging_face import export_checkpoint
 from dsft.fsio import save_error
 
-MANIFEST = "MANIFEST.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 
 
 def is_dsft_folder(path: Path) -> bool:
     """Whether ``path`` is a dsft checkpoint or the folder of a run (and not a Hugging Face folder or a hub name)."""
-    return (path / MANIFEST).is_file() or (path / CHECKPOINTS_FOLDER).is_dir()
+    return (path / MANIFEST_NAME).is_file() or (path / CHECKPOINTS_FOLDER).is_dir()
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -28,13 +28,13 @@ def checkpoint_of(path: Path) -> Path:
     Raises:
         CheckpointError: neither.
     """
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST_NAME).is_file():
         return path
     found = newest(path / CHECKPOINTS_FOLDER) if (path / CHECKPOINTS_FOLDER).is_dir() else None
     if found is None:
         raise CheckpointError(
-            f"{path} is neither a checkpoint (a folder with {MANIFEST}) nor a run folder with a whole checkpoint in "
-            f"{CHECKPOINTS_FOLDER}/. Name <run>/{CHECKPOINTS_FOLDER}/step-XXXXXXXX, or the run's folder."
+            f"{path} is neither a checkpoint (a folder with {MANIFEST_NAME}) nor a run folder with a whole checkpoint "
+            f"in {CHECKPOINTS_FOLDER}/. Name <run>/{CHECKPOINTS_FOLDER}/step-XXXXXXXX, or the run's folder."
         )
     return found
 
@@ -50,7 +50,7 @@ def weights_folder(path: Path, cache_dir: Path | None = None, *, trust_remote_co
         SaveError: the folder cannot be written (give another ``cache_dir``).
     """
     checkpoint = checkpoint_of(path)
-    content = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:12]
+    content = hashlib.sha256((checkpoint / MANIFEST_NAME).read_bytes()).hexdigest()[:12]
     folder = cache_dir if cache_dir is not None else checkpoint.resolve().parent.parent / "hf"
     out = folder / f"{checkpoint.name}-{content}"
     with _lock(folder, out.name):
