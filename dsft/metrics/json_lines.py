@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from dsft.fsio import save_error
+
+logger = logging.getLogger(__name__)
 
 
 class JsonLines:
@@ -26,18 +29,24 @@ class JsonLines:
             raise save_error(path, error) from error
 
     def _cut_half_line(self) -> None:
-        end = self._file.seek(0, 2)
-        tail_bytes = min(end, 1 << 20)
-        self._file.seek(end - tail_bytes)
-        tail = self._file.read(tail_bytes)
-        if tail and not tail.endswith(b"\n"):
-            self._file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
+        size = end = self._file.seek(0, 2)
+        while end > 0:  # end: everything from here on is without a line's end
+            start = max(0, end - (1 << 20))
+            self._file.seek(start)
+            newline = self._file.read(end - start).rfind(b"\n")
+            end = start + newline + 1
+            if newline >= 0:
+                break
+        if end < size:
+            logger.warning("%s ended in half a line, left by a crash; it is cut off", self._path)
+            self._file.truncate(end)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line. NaN and infinities become null, which every JSON reader takes."""
-        line = json.dumps(finite(record), allow_nan=False) + "\n"
+        line = memoryview((json.dumps(finite(record), allow_nan=False) + "\n").encode())
         try:
-            self._file.write(line.encode())
+            while line:
+                line = line[self._file.write(line) :]  # a disk that is about to be full takes a part without an error
         except OSError as error:
             raise save_error(self._path, error) from error
 

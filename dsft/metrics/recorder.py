@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from collections.abc import Sequence
@@ -25,9 +26,15 @@ class Recorder:
         sinks: ``log.sinks`` of the configuration.
         is_main: this is rank 0.
         console: shows records to a person; None: only the files.
+
+    Raises:
+        ConfigError: tensorboard is asked for and not installed; on every rank, so that none waits for rank 0.
+        SaveError: a file cannot be opened.
     """
 
     def __init__(self, run_dir: Path, sinks: Sequence[str], *, is_main: bool, console: Console | None = None) -> None:
+        if "tensorboard" in sinks:
+            _require_tensorboard()
         self._lines = JsonLines(run_dir / METRICS_NAME) if is_main else None
         self._board = _tensorboard(run_dir) if is_main and "tensorboard" in sinks else None
         self._console = console if is_main else None
@@ -58,13 +65,17 @@ class Recorder:
             self._console.close()
 
 
-def _tensorboard(run_dir: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
+def _require_tensorboard() -> None:
+    if importlib.util.find_spec("tensorboard") is None:
         raise ConfigError(
-            "log.sinks names tensorboard, which is not installed. Install dsft[tensorboard], or remove it."
-        ) from error
+            "log.sinks names tensorboard, which is not installed. Install it (pip install 'dsft[tensorboard]'), or "
+            "remove it from log.sinks."
+        )
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(log_dir=str(run_dir / "tensorboard"))
 
 
