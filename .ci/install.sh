@@ -30,7 +30,7 @@ step() {
   printf '  %s: %d s\n' "$label" $((SECONDS - start))
   if [ "$status" -ne 0 ]; then
     printf '\n%s failed (exit code %d). The end of %s:\n\n' "$label" "$status" "$log" >&2
-    grep -v '^WARNING' "$log" | tail -n 40 >&2
+    grep -v '^WARNING\|^building ' "$log" | tail -n 40 >&2
     exit 1
   fi
 }
