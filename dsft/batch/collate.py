@@ -202,8 +202,7 @@ def _supervised(
     begin = np.maximum(contents.spans[:, 0], 1)  # no row predicts token 0
     end = np.minimum(contents.spans[:, 1], contents.document_tokens[piece])
     if spec.loss_reduction == "document":
-        supervised = np.where(weight > 0, np.maximum(end - begin, 0), 0)
-        in_document = np.bincount(piece, weights=supervised, minlength=len(pieces.length))
+        in_document = np.bincount(piece, weights=np.maximum(end - begin, 0), minlength=len(pieces.length))
         weight = weight / np.maximum(in_document, 1)[piece]
 
     start = pieces.start[piece]

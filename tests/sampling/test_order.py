@@ -69,6 +69,11 @@ def test_the_order_is_decided_by_seed_name_and_epoch() -> None:
     assert documents(read_epochs(make_order(name="t"), 1)) != first
 
 
+def test_every_group_of_every_epoch_has_a_shuffle_of_its_own() -> None:
+    chunks = read_epochs(make_order([np.ones(20, np.int32)] * 3, group_shards=1), 3)
+    assert len({tuple(chunk.document.tolist()) for chunk in chunks}) == len(chunks) == 9
+
+
 def test_any_position_gives_what_reading_through_gives() -> None:
     shards = [np.ones(CHUNK_DOCUMENTS, dtype=np.int32), np.ones(1500, dtype=np.int32)]
     through = documents(read_epochs(make_order(shards), 1))
