@@ -112,7 +112,7 @@ def test_the_installed_wheel_trains_a_step(installed: Path, tmp_path: Path) -> N
         PATH=f"{scripts}:{os.environ['PATH']}",
         DS_ACCELERATOR="cpu",
     )
-    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record.get("kind") == "step"]
     assert len(steps) == 1
     assert 5 < steps[0]["loss"] < 8  # ln(700) = 6.6: an untrained model
