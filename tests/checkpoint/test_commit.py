@@ -22,6 +22,7 @@ from dsft.checkpoint.verify import newest_verified, verify
 from dsft.dist import Groups
 from dsft.errors import CheckpointError, SaveError
 from dsft.fsio import HashedFile
+from tests.support.alone import ALONE
 from tests.support.ranks import run_ranks
 
 
@@ -153,23 +154,6 @@ def test_a_disk_that_fills_up_during_the_save(tmp_path: Path) -> None:
         assert names(tmp_path) == ["latest", "step-00000001"]
 
 
-class Alone:
-    """The control group of a run of one rank, without torch, so that a forked child can use it."""
-
-    rank, size = 0, 1
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        return [json.loads(json.dumps(value))]
-
-    def broadcast_object(self, value: Any) -> Any:
-        return self.all_gather_object(value)[0]
-
-    def agree(self, error: Exception | None) -> None:
-        if error is not None:
-            raise error
-
-
-ALONE: Any = Alone()
 SYSTEM_CALLS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")
 
 
