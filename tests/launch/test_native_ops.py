@@ -34,7 +34,8 @@ def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         script.write_text(
             f'#!/bin/sh\nstaging=$4; name=$5\necho "$$" >> {log}\nmkdir -p $staging/$name; touch $staging/$name/lock\n'
             f"{commands}\n"
-            'echo library > $staging/$name/$name.so; rm $staging/$name/lock; mv $staging/$name "$staging/../$name"; rm -r $staging\n'
+            "echo library > $staging/$name/$name.so; rm $staging/$name/lock\n"
+            'mv $staging/$name "$staging/../$name"; rm -r $staging\n'
         )
         script.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(script))
