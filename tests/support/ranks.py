@@ -73,7 +73,7 @@ def run_ranks(
         RankError: a rank hung, or died without a word (the exit code is in the text; -9 is SIGKILL).
     """
     workers = [_start() for _ in range(num_ranks)] if fresh else _take(num_ranks)
-    port = _free_port()
+    port = free_port()
     for rank, worker in enumerate(workers):
         variables = {
             "RANK": str(rank),
@@ -176,7 +176,8 @@ def _reference(function: Callable[..., Any]) -> tuple[str, str, str]:
     return function.__module__, file, function.__qualname__
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nothing uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
