@@ -153,18 +153,23 @@ def test_hidden_alone_gives_plain_logits() -> None:
     assert torch.equal(head(hidden), nn.functional.linear(hidden, head.weight, head.bias))
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 2, 16, 500])
+@pytest.mark.parametrize("chunk_rows", [4, 64, 1024])
 def test_bf16_gradient_error_does_not_grow_with_the_number_of_chunks(chunk_rows: int) -> None:
-    """Sums over chunks are fp32: accumulated in bf16, 37 chunks give more than 1e-2 here."""
-    head, hidden, rows, targets, row_weight = case(ROWS, False, LogitTransform(), torch.bfloat16)
+    """Sums over chunks are fp32: accumulated in bf16, 256 chunks give an error of 1.9e-2 here instead of 1.9e-3."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = (1.0 + torch.randn(1, 1024, HIDDEN, generator=generator)).to(torch.bfloat16).requires_grad_()
+    weight = nn.Parameter(torch.randn(VOCAB, HIDDEN, generator=generator).to(torch.bfloat16))
+    head, rows = MaskedLMHead(weight, None, LogitTransform()), torch.arange(1024)
     head.logits_bytes = 4 * VOCAB * chunk_rows
+    targets = torch.randint(0, VOCAB, (1024,), generator=generator)
+    row_weight = torch.rand(1024, generator=generator)
     _, nll, expected = gradients_of_reference(head, hidden, rows, targets, row_weight)
     loss, row_nll = head(hidden, rows, targets, row_weight)
     loss.backward()
     assert head.weight.grad.dtype == torch.bfloat16
-    assert relative(row_nll, nll) < 4e-3
-    assert relative(head.weight.grad, expected[1]) < 6e-3
-    assert relative(hidden.grad[0], expected[0]) < 6e-3
+    assert relative(row_nll, nll) < 5e-3
+    assert relative(head.weight.grad, expected[1]) < 3e-3
+    assert relative(hidden.grad[0], expected[0]) < 8e-3
 
 
 def test_extreme_logits_stay_defined() -> None:

@@ -127,7 +127,7 @@ def test_an_inline_config_takes_the_tokenizers_vocabulary() -> None:
 
 def test_activation_checkpointing_is_switched_on() -> None:
     model = load(config=inline("llama"), activation_checkpointing=True)
-    assert model.hf.is_gradient_checkpointing
+    assert model.hf.is_activation_checkpointing
     model.train()(**random_row().inputs()).loss.backward()
 
 
