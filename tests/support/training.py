@@ -1,0 +1,127 @@
+"""Whole runs of the real loop on a tiny model, on ranks of the harness, with the data laid out in more than one way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dsft.batch.loader import Loader
+from dsft.config.deepspeed import build_deepspeed_config
+from dsft.config.models import RunConfig
+from dsft.dist import Groups
+from dsft.launch.owner import take_run_folder
+from dsft.launch.stop import StopFlag
+from dsft.metrics.recorder import METRICS_NAME
+from dsft.model.flops import model_cost
+from dsft.sampling.plan import Planner
+from dsft.sampling.types import Cursor, StepPlan
+from dsft.store.reader import SourceStore
+from dsft.train import setup
+from dsft.train.loop import train
+from dsft.train.start import Options, Phases, Rank, build_run
+from dsft.train.step_log import DATA_LOG_NAME
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        records: one a step, from ``metrics.jsonl``.
+        data: one a step, from the data log.
+        unsupervised: this rank's micro-batches without a supervised token, (of packs, of fillers).
+        state_digest: hash of this rank's fp32 weights and optimizer state at the end.
+    """
+
+    records: list[dict[str, Any]]
+    data: list[dict[str, Any]]
+    unsupervised: tuple[int, int]
+    state_digest: str
+
+    @property
+    def losses(self) -> list[float]:
+        """Loss of each step."""
+        return [record["loss"] for record in self.records]
+
+
+class OneDocumentPerPack:
+    """A plan whose steps hold the same pieces as ``planner``'s, each in a pack of its own: same N, more packs."""
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+
+    def steps(self, cursor: Cursor) -> Iterator[StepPlan]:
+        """The planner's steps, re-laid."""
+        for plan in self._planner.steps(cursor):
+            pieces = [pack.take(slice(row, row + 1)) for pack in plan.packs for row in range(len(pack.length))]
+            yield replace(plan, packs=tuple(pieces))
+
+
+def run_training(
+    groups: Groups, run_dir: Path, config: dict[str, Any], stores: list[Path], relaid: bool, resume: str | None = None
+) -> Outcome:
+    """Train a configuration (keys as in the YAML) through ``dsft.train.loop.train``; collective.
+
+    Args:
+        stores: the sources' token stores, in the configuration's order (nothing is prepared, there is no tokenizer).
+        relaid: one document a pack.
+        resume: checkpoint to go on from.
+    """
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)  # as dist.init does
+    parsed = RunConfig.model_validate({**config, "run": {"name": "t", "dir": str(run_dir), "seed": 17}})
+    tokenizer = SimpleNamespace(vocab_tokens=1, pad_id=0, hf=SimpleNamespace(save_pretrained=lambda _: None))
+    data = setup.Data(tokenizer, tuple(SourceStore(folder) for folder in stores), ())  # type: ignore[arg-type]
+    deepspeed_config = build_deepspeed_config(parsed, groups.size, "cpu")
+    folder = take_run_folder(run_dir, groups)
+    rank = Rank(groups, "cpu", deepspeed_config, folder, StopFlag(), Phases())
+    engine, hf_config = setup.build_engine(parsed, data, groups, parsed.model.path, deepspeed_config, "cpu")
+    run, state = build_run(parsed, Options(resume=resume), data, rank, engine, hf_config, model_cost(hf_config))
+    if relaid:
+        planner: Any = OneDocumentPerPack(setup.build_planner(parsed, data))
+        cost = model_cost(hf_config)
+        loader = setup.build_loader(parsed, data, planner, cost, rank=groups.rank, num_ranks=groups.size)
+        run = replace(run, loader=loader)
+    unsupervised = _count_unsupervised(run.loader, state.cursor, parsed.train.steps or 0)
+    assert train(run, state) == "finished"
+    run.recorder.close()
+    run.loader.close()
+    folder.release()
+    groups.barrier()
+    digest = _state_digest(engine)
+    engine.destroy()
+    return Outcome(_lines(run_dir / METRICS_NAME, "step"), _lines(run_dir / DATA_LOG_NAME), unsupervised, digest)
+
+
+def _state_digest(engine: Any) -> str:
+    """Hash of this rank's ZeRO-3 slices: fp32 weights, and every tensor of the optimizer's state."""
+    digest = hashlib.sha256()
+    for partition in engine.optimizer.fp32_partitioned_groups_flat:
+        digest.update(partition.detach().numpy().tobytes())
+        state = engine.optimizer.optimizer.state[partition]
+        for name in sorted(state):
+            digest.update(f"{name}".encode() + torch.as_tensor(state[name]).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _count_unsupervised(loader: Loader, cursor: Cursor, num_steps: int) -> tuple[int, int]:
+    of_packs = of_fillers = 0
+    for _, batch in zip(range(num_steps), loader.steps(cursor), strict=False):
+        for micro_batch in batch.micro_batches:
+            if micro_batch.rows.numel() == 0:
+                of_fillers += micro_batch.is_filler
+                of_packs += not micro_batch.is_filler
+    return of_packs, of_fillers
+
+
+def _lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if kind is None or line["kind"] == kind]
