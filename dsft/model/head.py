@@ -183,7 +183,7 @@ def logit_transform(config: Any) -> LogitTransform:
 def install_head(hf: Any) -> MaskedLMHead:
     """Replace the output head of a Hugging Face causal model by a ``MaskedLMHead`` over the same parameters."""
     old = hf.get_output_embeddings()
-    head = MaskedLMHead(old.weight, getattr(old, "bias", None), logit_transform(hf.config))
+    head = MaskedLMHead(old.weight, getattr(old, "bias", None), logit_transform(hf.config.get_text_config()))
     head.train(old.training)
     hf.set_output_embeddings(head)
     return head

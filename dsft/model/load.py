@@ -67,7 +67,6 @@ def load_model(
                 f"{hf.config.model_type} does not support model.activation_checkpointing; set it to false."
             )
         hf.activation_checkpointing_enable({"use_reentrant": False})
-    hf.config.use_cache = True  # a saved config serves generation; training passes use_cache=False itself
     return PackedCausalLM(hf, use_kernel=_choose_kernel(section, hf.config, device_type))
 
 
