@@ -23,6 +23,7 @@ from dsft.errors import CheckpointError, ConfigError, SaveError
 from dsft.export import hugging_face
 from dsft.export.hugging_face import export_checkpoint
 from dsft.export.resolve import checkpoint_of, is_dsft_folder, weights_folder
+from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
 from dsft.model.packed import PackedCausalLM
 from tests.support.ranks import run_ranks
 from tests.support.tokenizers import VOCAB_TOKENS, tiny_tokenizer_folder
@@ -52,6 +53,7 @@ def train_and_save(
     """Two steps of a tiny model, a committed checkpoint, and its gathered weights beside it."""
     import deepspeed
 
+    prepare_deepspeed_ops(needed_ops("cpu", cpu_adam=False), "cpu")
     torch.manual_seed(0)
     hf = LlamaForCausalLM(_config(tied))
     model = PackedCausalLM(hf.bfloat16() if dtype == "bf16" else hf)

@@ -10,6 +10,7 @@ import torch
 
 from dsft.config.models import ModelSection
 from dsft.dist import Groups
+from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
 from dsft.model.generate import greedy
 from dsft.model.initialise import gathered
 from dsft.model.load import load_model
@@ -91,6 +92,7 @@ def train_variant(
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
+    prepare_deepspeed_ops(needed_ops("cpu", cpu_adam=False), "cpu")
     config = {"model_type": name, **CONFIGS[name]}
     whole, sliced = (
         load(partitioned, config=config, activation_checkpointing=checkpointing) for partitioned in (False, True)

@@ -16,6 +16,7 @@ from dsft.batch.loader import Loader
 from dsft.config.deepspeed import build_deepspeed_config
 from dsft.config.models import RunConfig
 from dsft.dist import Groups
+from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
 from dsft.launch.owner import take_run_folder
 from dsft.launch.stop import StopFlag
 from dsft.metrics.recorder import METRICS_NAME
@@ -81,6 +82,7 @@ def run_training(
     tokenizer = SimpleNamespace(vocab_tokens=1, pad_id=0, hf=SimpleNamespace(save_pretrained=lambda _: None))
     data = setup.Data(tokenizer, tuple(SourceStore(folder) for folder in stores), ())  # type: ignore[arg-type]
     deepspeed_config = build_deepspeed_config(parsed, groups.size, "cpu")
+    prepare_deepspeed_ops(needed_ops("cpu", cpu_adam=setup.is_offloaded(deepspeed_config)), "cpu")
     folder = take_run_folder(run_dir, groups)
     rank = Rank(groups, "cpu", deepspeed_config, folder, StopFlag(), Phases())
     engine, hf_config = setup.build_engine(parsed, data, groups, parsed.model.path, deepspeed_config, "cpu")
