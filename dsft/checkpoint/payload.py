@@ -69,11 +69,11 @@ def load_engine(engine: Any, checkpoint: Path) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path} ({error}). Use an older checkpoint.") from error
     now = _describe(engine)
-    for key, what in (("world_size", "ranks"), ("zero_stage", "as ZeRO stage"), ("dtype", "as model dtype")):
+    for key, what in (("world_size", "{} ranks"), ("zero_stage", "ZeRO stage {}"), ("dtype", "weights in {}")):
         if saved[key] != now[key]:
             raise CheckpointError(
-                f"{checkpoint} was saved with {saved[key]} {what}, this run has {now[key]}. A checkpoint is in "
-                "DeepSpeed's sharded form, which loads only into the same set-up; start with the saved one, or use the "
+                f"{checkpoint} was saved with {what.format(saved[key])}, this run has {what.format(now[key])}. It is "
+                "in DeepSpeed's sharded form, which loads only into the same set-up; start with the saved one, or use the "
                 "checkpoint's weights alone (model.path)."
             )
     try:

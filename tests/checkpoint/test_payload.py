@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from dsft.checkpoint.commit import save
 from dsft.checkpoint.payload import estimate_bytes, load_engine, save_engine
 from dsft.checkpoint.verify import newest_verified
 from dsft.dist import Groups
-from dsft.errors import CheckpointError
+from dsft.errors import CheckpointError, SaveError
 from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
 from tests.support.ranks import run_ranks
 
@@ -203,6 +205,39 @@ def save_only(groups: Groups, folder: str, settings: dict[str, Any]) -> None:
     )
 
 
+def save_with_a_full_disk(groups: Groups, folder: str, settings: dict[str, Any]) -> str:
+    engine = make_engine(settings, seed=1)
+    train(engine, 0, 1, groups.rank)
+    arguments: dict[str, Any] = {
+        "groups": groups,
+        "attempt": "first",
+        "write_payload": lambda staging: save_engine(engine, staging),
+        "payload_bytes": 0,
+        "state": {},
+        "keep_last": 1,
+    }
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if groups.rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    with pytest.raises(SaveError) as caught:
+        save(Path(folder), 1, **arguments)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    groups.barrier()  # rank 0 removes the staging folder
+    assert not list(Path(folder).iterdir())
+    train(engine, 1, 1, groups.rank)  # nobody hangs, and training goes on
+    save(Path(folder), 2, **arguments)
+    return str(caught.value)
+
+
+def test_one_rank_that_cannot_write_stops_the_save_on_all(tmp_path: Path) -> None:
+    texts = run_ranks(save_with_a_full_disk, 2, str(tmp_path), SETTINGS["stage 3 offload"], timeout_seconds=200)
+    assert texts[0] == texts[1]
+    assert "File too large" in texts[0]
+    assert "(rank 1 on " in texts[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002"]
+
+
 def load_only(groups: Groups, folder: str, settings: dict[str, Any], hidden: int) -> None:
     load_engine(make_engine(settings, seed=2, hidden=hidden), newest_verified(Path(folder), groups))
 
@@ -212,7 +247,7 @@ def test_another_set_up_is_refused(tmp_path: Path) -> None:
     run_ranks(save_only, 2, str(tmp_path), stage_3, timeout_seconds=120)
     with pytest.raises(CheckpointError, match="saved with 2 ranks, this run has 1 ranks"):
         run_ranks(load_only, 1, str(tmp_path), stage_3, 13, timeout_seconds=120)
-    with pytest.raises(CheckpointError, match="saved with 3 as ZeRO stage, this run has 2"):
+    with pytest.raises(CheckpointError, match="saved with ZeRO stage 3, this run has ZeRO stage 2"):
         run_ranks(load_only, 2, str(tmp_path), {"stage": 2, "offload": False}, 13, timeout_seconds=120)
     with pytest.raises(CheckpointError, match="does not fit this model"):
         run_ranks(load_only, 2, str(tmp_path), stage_3, 17, timeout_seconds=120)
