@@ -90,11 +90,10 @@ class ShardWriter:
             self._block_crc32.append(zlib.crc32(self._block))
         index = self._index_bytes(counts or {})
         try:
-            if self._index_path.exists():
-                if self._index_path.read_bytes() == index:
-                    self.abort()
-                    return
-                self._index_path.unlink()  # an old index must never stand beside new tokens
+            if self._is_published(index):
+                self.abort()
+                return
+            self._index_path.unlink(missing_ok=True)  # an old index must never stand beside new tokens
         except OSError as error:
             self.abort()
             raise save_error(self._index_path, error) from error
@@ -108,6 +107,12 @@ class ShardWriter:
                 raise _Abandoned
         except _Abandoned:
             pass
+
+    def _is_published(self, index: bytes) -> bool:
+        if not (self._index_path.exists() and self._tokens_path.exists()):
+            return False
+        num_bytes = sum(self._lengths) * self._dtype.itemsize
+        return self._tokens_path.stat().st_size == num_bytes and self._index_path.read_bytes() == index
 
     def _write(self, data: bytes) -> None:
         try:
