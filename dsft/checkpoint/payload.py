@@ -73,8 +73,8 @@ def load_engine(engine: Any, checkpoint: Path) -> None:
         if saved[key] != now[key]:
             raise CheckpointError(
                 f"{checkpoint} was saved with {what.format(saved[key])}, this run has {what.format(now[key])}. It is "
-                "in DeepSpeed's sharded form, which loads only into the same set-up; start with the saved one, or use the "
-                "checkpoint's weights alone (model.path)."
+                "in DeepSpeed's sharded form, which loads only into the same set-up; start with the saved one, or use "
+                "the checkpoint's weights alone (model.path)."
             )
     try:
         loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=True)

@@ -238,16 +238,26 @@ def test_one_rank_that_cannot_write_stops_the_save_on_all(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002"]
 
 
-def load_only(groups: Groups, folder: str, settings: dict[str, Any], hidden: int) -> None:
-    load_engine(make_engine(settings, seed=2, hidden=hidden), newest_verified(Path(folder), groups))
+def refusal(groups: Groups, folder: str, settings: dict[str, Any], hidden: int = 13) -> str:
+    engine = make_engine(settings, seed=2, hidden=hidden)
+    with pytest.raises(CheckpointError) as caught:
+        load_engine(engine, newest_verified(Path(folder), groups))
+    return str(caught.value)
+
+
+def save_and_be_refused(groups: Groups, folder: str) -> list[str]:
+    save_only(groups, folder, SETTINGS["stage 3"])
+    return [
+        refusal(groups, folder, SETTINGS["stage 1"]),
+        refusal(groups, folder, SETTINGS["stage 3 offload bf16"]),
+        refusal(groups, folder, SETTINGS["stage 3"], 17),
+    ]
 
 
 def test_another_set_up_is_refused(tmp_path: Path) -> None:
-    stage_3: dict[str, Any] = {"stage": 3, "offload": False}
-    run_ranks(save_only, 2, str(tmp_path), stage_3, timeout_seconds=120)
-    with pytest.raises(CheckpointError, match="saved with 2 ranks, this run has 1 ranks"):
-        run_ranks(load_only, 1, str(tmp_path), stage_3, 13, timeout_seconds=120)
-    with pytest.raises(CheckpointError, match="saved with ZeRO stage 3, this run has ZeRO stage 2"):
-        run_ranks(load_only, 2, str(tmp_path), {"stage": 2, "offload": False}, 13, timeout_seconds=120)
-    with pytest.raises(CheckpointError, match="does not fit this model"):
-        run_ranks(load_only, 2, str(tmp_path), stage_3, 17, timeout_seconds=120)
+    for stage, dtype, model in run_ranks(save_and_be_refused, 2, str(tmp_path), timeout_seconds=200):
+        assert "saved with ZeRO stage 3, this run has ZeRO stage 1" in stage
+        assert "saved with weights in float32, this run has weights in bfloat16" in dtype
+        assert "does not fit this model" in model
+    (world_size,) = run_ranks(refusal, 1, str(tmp_path), SETTINGS["stage 3"], timeout_seconds=200)
+    assert "saved with 2 ranks, this run has 1 ranks" in world_size
