@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dsft.sampling.types import Cursor
     from dsft.train.saving import Saver
 
-MODEL_KEYS = ("model.path", "model.config", "model.dtype", "train.freeze")
+MODEL_KEYS = ("model.path", "model.revision", "model.config", "model.dtype", "train.freeze")
 
 
 def find_checkpoint(resume: str | None, checkpoints: Path, groups: Groups) -> Path | None:

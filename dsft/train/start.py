@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import socket
@@ -27,6 +28,7 @@ from dsft.metrics.console import Console, set_up_logging
 from dsft.metrics.recorder import Recorder
 from dsft.metrics.throughput import Throughput
 from dsft.model.flops import ModelCost, model_cost
+from dsft.model.load import resolved_commit
 from dsft.model.probe import prove
 from dsft.ops.backend import choose as choose_kernels
 from dsft.train import setup
@@ -117,10 +119,12 @@ def start(config: RunConfig, options: Options, *, local_rank_argument: int | Non
 
 
 def _run(config: RunConfig, options: Options, rank: Rank) -> int:
+    config = pin_revision(config, rank.folder.path / "config.json")
     data, weights = _agreed_data(config, rank.groups)
     rank.phases.done("prepare_seconds")
     engine, hf_config = setup.build_engine(config, data, rank.groups, weights, rank.deepspeed_config, rank.device_type)
     cost = model_cost(hf_config)
+    config = with_revision(config, resolved_commit(engine.module))
     rank.phases.done("model_seconds")
     if options.dry_run:
         result = dry_run(config, data, rank.groups, engine, cost)
@@ -139,6 +143,21 @@ def _run(config: RunConfig, options: Options, rank: Rank) -> int:
     rank.folder.write_state("stopped" if outcome == "stopped" else "finished", state.step, outcome=outcome)
     rank.groups.close()
     return EXIT_STOPPED_EARLY if outcome == "stopped" else EXIT_OK
+
+
+def pin_revision(config: RunConfig, saved: Path) -> RunConfig:
+    """The configuration with the hub commit that this run began with, so that every start of it sees the same files."""
+    if config.model.path is None or config.model.revision is not None or not saved.is_file():
+        return config
+    model = json.loads(saved.read_bytes())["model"]
+    return with_revision(config, model["revision"]) if model["path"] == config.model.path else config
+
+
+def with_revision(config: RunConfig, revision: str | None) -> RunConfig:
+    """The configuration with ``model.revision``, unless that is None."""
+    if revision is None:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"revision": revision})})
 
 
 def _agreed_data(config: RunConfig, groups: dist.Groups) -> tuple[setup.Data, str | None]:

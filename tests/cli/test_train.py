@@ -1,0 +1,69 @@
+"""``dsft train`` from the command line, as one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.tokenizers import tiny_tokenizer_folder
+
+pytestmark = [pytest.mark.launch]
+
+CONFIG = """\
+run: {{name: cli, dir: {folder}/run}}
+model:
+  config: {{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4}}
+  tokenizer: {tokenizer}
+  dtype: fp32
+data:
+  pack_tokens: 64
+  sources: [{{name: notes, path: {folder}/notes.jsonl}}]
+train: {{epochs: 2, global_batch_packs: 4, lr: 1e-3}}
+log: {{sinks: [jsonl, tensorboard]}}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    records = [json.dumps({"text": f"Note {n}: the meeting moved to room {n * 7 % 13}."}) for n in range(60)]
+    (tmp_path / "notes.jsonl").write_text("\n".join(records) + "\n")
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG.format(folder=tmp_path, tokenizer=tiny_tokenizer_folder(tmp_path)))
+    return path
+
+
+def dsft(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dsft", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.mark.timeout(300)
+def test_dry_run_says_what_training_then_does(config_file: Path) -> None:
+    run = config_file.parent / "run"
+    dry = dsft("train", str(config_file), "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert not (run / "checkpoints").exists()
+    assert not (run / "metrics.jsonl").exists()
+    real = dsft("train", str(config_file), "--profile-steps", "1:3")
+    assert real.returncode == 0, real.stderr
+    steps = records(run, "step")
+    assert f"dry run: {steps[-1]['step']:,} steps" in dry.stderr
+    assert f"{steps[-1]['tokens_trained']:,} document tokens" in dry.stderr
+    assert "2.000 epochs" in dry.stderr
+    trace = json.loads((run / "profile" / "trace-rank0.json").read_text())
+    assert trace["traceEvents"]
+    assert list((run / "tensorboard").glob("events.*"))
+    assert json.loads((run / "run_state.json").read_text())["status"] == "finished"
+    again = dsft("train", str(config_file))
+    assert again.returncode == 2
+    assert "--resume auto" in again.stderr
+    assert "Traceback" not in again.stderr
