@@ -64,4 +64,4 @@ def model_inputs(batch: PackedBatch, device: torch.device) -> dict[str, torch.Te
         "row_weight": batch.row_weight,
     }
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-    return {**moved, "max_seqlen": batch.max_seqlen}
+    return {**moved, "max_seqlen": batch.max_seqlen, "num_tokens": batch.num_tokens}

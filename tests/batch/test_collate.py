@@ -299,5 +299,6 @@ def test_model_inputs_are_the_arguments_of_the_model(two_stores: tuple[SourceSto
         "rows",
         "targets",
         "row_weight",
+        "num_tokens",
     }
     assert isinstance(inputs["max_seqlen"], int)
