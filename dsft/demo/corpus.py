@@ -34,8 +34,8 @@ _RECORD_CHARACTERS = 4_000
 _RECORDS_A_SHARD = 500
 _PAIRS_A_SHARD = 2_000
 _HELD_OUT_PERCENT = 10
-_HELD_OUT_TEXT_RECORDS = 80
-_HELD_OUT_PAIRS = 360
+_HELD_OUT_TEXT_RECORDS = 40
+_HELD_OUT_PAIRS = 240
 _NOT_PROSE_NOR_PROGRAM = frozenset(
     {"encodings", "idlelib", "lib2to3", "msilib", "pydoc_data", "sre_constants", "stringprep", "turtledemo"}
 )

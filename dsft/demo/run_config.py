@@ -21,12 +21,13 @@ model:
   config:  # a Llama from scratch; `path:` instead of `config:` starts from a model on disk or on the hub
     model_type: llama
     vocab_size: {vocab_tokens}
-    hidden_size: 192
-    intermediate_size: 512
+    hidden_size: 128
+    intermediate_size: 352
     num_hidden_layers: 4
     num_attention_heads: 4
     num_key_value_heads: 4
     max_position_embeddings: 1024
+    initializer_range: 0.06
     tie_word_embeddings: true
     bos_token_id: 1
     eos_token_id: 2
@@ -48,7 +49,7 @@ data:
 train:
   tokens: {until[2]}
   global_batch_packs: 4
-  lr: 3.0e-3
+  lr: 4.0e-3
   schedule: {{kind: warmup_stable_decay, warmup_tokens: {warmup}, decay_tokens: {decay}, min_lr_ratio: 0.05}}
 
 deepspeed:  # the keys of ds_configs/zero3_offload.json, with buckets for a small model
