@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,7 +68,7 @@ class Encoder:
 
     def _marked_document(self, marked: MarkedText, encoding: Encoding) -> Document:
         ids = np.array(encoding.ids, np.int32)
-        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        offsets = encoding.offsets
         spans: list[tuple[int, int, float]] = []
         for region in marked.regions:
             start, end = _tokens_of(region, offsets)
@@ -94,7 +95,7 @@ class Encoder:
         region: Region,
         text: str,
         ids: npt.NDArray[np.int32],
-        offsets: npt.NDArray[np.int64],
+        offsets: list[tuple[int, int]],
         start: int,
         end: int,
     ) -> None:
@@ -103,8 +104,8 @@ class Encoder:
             if region.said:
                 raise BadRecord(f"no token belongs to {region.where} alone, so it cannot be learned")
             return
-        before = text[offsets[start, 0] : region.start]
-        after = text[region.end : offsets[end - 1, 1]]
+        before = text[offsets[start][0] : region.start]
+        after = text[region.end : offsets[end - 1][1]]
         if before.strip() or after.strip():
             raise BadRecord(
                 f"a token straddles the border of {region.where}: it joins {region.said[:12]!r} with "
@@ -130,13 +131,11 @@ class Encoder:
         return start > 0 and int(ids[start - 1]) in self._tokenizer.control.ids
 
 
-def _tokens_of(region: Region, offsets: npt.NDArray[np.int64]) -> tuple[int, int]:
-    """Tokens ``[start, end)`` that hold a character of the region."""
-    inside = np.flatnonzero((offsets[:, 1] > region.start) & (offsets[:, 0] < region.end))
-    if len(inside) == 0:
-        at = int(np.searchsorted(offsets[:, 1], region.start, side="right"))
-        return at, at
-    return int(inside[0]), int(inside[-1]) + 1
+def _tokens_of(region: Region, offsets: list[tuple[int, int]]) -> tuple[int, int]:
+    """Tokens ``[start, end)`` that hold a character of the region. Both columns of the offsets ascend."""
+    start = bisect_right(offsets, region.start, key=lambda token: token[1])
+    end = bisect_left(offsets, region.end, key=lambda token: token[0])
+    return start, max(start, end)
 
 
 def _fill_gaps(spans: list[tuple[int, int, float]], num_tokens: int) -> list[tuple[int, int, float]]:

@@ -63,7 +63,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.int32]) -> str:
         """Text of the ids, control tokens included."""
-        return str(self.hf.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        listed = ids.tolist() if isinstance(ids, np.ndarray) else [int(token) for token in ids]
+        return str(self.hf.backend_tokenizer.decode(listed, skip_special_tokens=False))
 
     def decode_inside(self, ids: npt.NDArray[np.int32], start: int, end: int) -> str:
         """Text of tokens ``[start, end)`` where they stand (a decoder treats the first token of all differently)."""
