@@ -26,8 +26,8 @@ _MAX_TRAINING_BYTES = 4_000_000
 _SPACE = "\u2581"
 _BORDER = "\u241f"
 _NAME_BORDERS = re.compile(r"(?<=\w)(?=[^\w\s])|(?<=[^\w\s])(?=\w)")
-"""Between a name and punctuation. No piece spans one, so that a name has the same ids in ``f(x)``, `` `f`? `` and ``a.f``;
-a small model could not learn to repeat a name from the question otherwise."""
+"""Between a name and punctuation. No piece spans one, so a name has the same ids wherever it stands; a small model
+could not learn to repeat a name from the question otherwise."""
 _SPECIAL_TOKENS = ("<|unk|>", "<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 """Ids 0 to 5, in this order."""
 
