@@ -1,72 +1,178 @@
-"""The same program under deepspeed, torchrun, mpirun and alone finds the same world."""
+"""One run through every launcher: the same losses as alone; what a launcher gets wrong is said, not trained."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tests.support.ranks import REPOSITORY, free_port
+from tests.support.launch import exit_code, launched, need
+from tests.support.ranks import free_port
+from tests.support.slurm import PROGRAMS, slurm_cluster
+from tests.support.tiny_run import NUM_STEPS, losses, records, write_tiny_run
 
-PROGRAM = str(REPOSITORY / "tests" / "support" / "hello_rank.py")
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
+
+LIMIT_SECONDS = 240.0
 BIN = Path(sys.executable).parent
+DSFT = ["-m", "dsft", "train", "run.yaml"]
+PORT = "<a free port>"
 LAUNCHERS = {
-    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "PORT", PROGRAM],
-    "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "PORT", PROGRAM],
-    "openmpi": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, PROGRAM],
-    "alone": [sys.executable, PROGRAM],
-}
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def run_under(launcher: str, folder: Path, timeout_seconds: float = 200.0) -> list[dict[str, Any]]:
-    """Start PROGRAM, kill its whole session at the limit, and read what every rank wrote."""
-    environ = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
-    environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [str(free_port()) if word == "PORT" else word for word in LAUNCHERS[launcher]]
-    log = folder / "log"
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            [*command, str(folder)], env=environ, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            code = process.wait(timeout_seconds)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the session that we started, with its ranks
-    assert code == 0, log.read_text()
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-
-
-@pytest.mark.timeout(260)
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        pytest.param("deepspeed", marks=pytest.mark.launch),
-        pytest.param("torchrun", marks=pytest.mark.launch),
-        pytest.param("openmpi", marks=pytest.mark.cluster),
-        pytest.param("alone", marks=pytest.mark.launch),
+    "alone": [sys.executable, *DSFT],
+    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", PORT, "--module", *DSFT[1:]],
+    "hostfile": [
+        *(str(BIN / "deepspeed"), "--hostfile", "hosts.txt", "--no_ssh_check", "--master_addr", "127.0.0.1"),
+        *("--master_port", PORT, "--module", *DSFT[1:]),
     ],
+    "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", PORT, *DSFT],
+    "openmpi": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, *DSFT],
+    "slurm": ["srun", "--nodes", "2", "--ntasks", "2", sys.executable, *DSFT],
+}
+
+
+def command(launcher: str, run_dir: Path, *options: str) -> list[str]:
+    words = [str(free_port()) if word is PORT else word for word in LAUNCHERS[launcher]]
+    return [*words, "--set", f"run.dir={run_dir}", *options]
+
+
+@dataclass
+class Runs:
+    """The tiny run, and the losses of every launcher that ran it."""
+
+    folder: Path
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+    def environ(self) -> dict[str, str]:
+        """With locks planted where DeepSpeed's ops are loaded, as processes leave them that were killed meanwhile."""
+        extensions = self.folder / "extensions"
+        for op in ("deepspeed_shm_comm", "cpu_adam"):
+            (extensions / op).mkdir(parents=True, exist_ok=True)
+            (extensions / op / "lock").touch()
+        return {"TORCH_EXTENSIONS_DIR": str(extensions)}
+
+    def run_dir(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def finish(self, launcher: str, environ: Mapping[str, str] | None = None) -> list[float]:
+        """Run to the end under ``launcher``, once for all tests; its losses."""
+        if launcher not in self.losses:
+            log = self.folder / f"{launcher}.log"
+            environ = {**self.environ(), **(environ or {})}
+            run_dir = self.run_dir(launcher)
+            assert exit_code(command(launcher, run_dir), log, environ, LIMIT_SECONDS) == 0, log.read_text()
+            assert not list((self.folder / "extensions").glob("*/lock"))
+            assert world_size(run_dir) == (1 if launcher == "alone" else 2)
+            self.losses[launcher] = losses(run_dir)
+        return self.losses[launcher]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("launchers")
+    write_tiny_run(folder)
+    (folder / "hosts.txt").write_text("# this machine\n\nlocalhost slots=2\n")
+    return Runs(folder)
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    need(*PROGRAMS)
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as environ:
+        yield environ
+
+
+def world_size(run_dir: Path) -> int:
+    """Number of ranks that saved the last checkpoint."""
+    checkpoint = max((run_dir / "checkpoints").glob("step-*"))
+    size = json.loads((checkpoint / "state.json").read_text())["world_size"]
+    assert len(list(checkpoint.glob("deepspeed/*optim_states.pt"))) == size
+    return int(size)
+
+
+@pytest.mark.parametrize(
+    "launcher", ["deepspeed", "hostfile", "torchrun", pytest.param("openmpi", marks=pytest.mark.cluster)]
 )
-def test_every_launcher_gives_one_world(tmp_path: Path, launcher: str) -> None:
-    if shutil.which(LAUNCHERS[launcher][0]) is None:
-        assert "CI" not in os.environ, f"{LAUNCHERS[launcher][0]} is not installed"
-        pytest.skip(f"{LAUNCHERS[launcher][0]} is not installed")
-    ranks = run_under(launcher, tmp_path)
-    size = 1 if launcher == "alone" else 2
-    assert [rank["rank"] for rank in ranks] == list(range(size))
-    for number, rank in enumerate(ranks):
-        assert (rank["size"], rank["local_rank"], rank["local_size"], rank["node"]) == (size, number, size, 0)
-        assert rank["sum"] == size * (size + 1) / 2  # one group, not a run of one rank each
-        assert rank["launcher"] == launcher
-        assert len(set(rank["pids"])) == size
-        assert rank["master_addr"] == ranks[0]["master_addr"]
-        assert rank["master_port"] == ranks[0]["master_port"]
+def test_the_losses_are_those_of_one_rank_alone(runs: Runs, launcher: str) -> None:
+    need(LAUNCHERS[launcher][0])
+    assert len(runs.finish("alone")) == NUM_STEPS + 1
+    assert runs.finish(launcher) == pytest.approx(runs.finish("alone"), rel=1e-5)
+
+
+@pytest.mark.cluster
+def test_the_losses_under_srun_on_two_nodes(runs: Runs, slurm: dict[str, str]) -> None:
+    assert runs.finish("slurm", slurm) == pytest.approx(runs.finish("alone"), rel=1e-5)
+
+
+def test_a_hostfile_that_is_not_there_is_caught_by_the_world_size(runs: Runs) -> None:
+    log, run_dir = runs.folder / "missing.log", runs.run_dir("missing")
+    words = command("hostfile", run_dir, "--set", "run.world_size=16")
+    words[words.index("hosts.txt")] = "no-such-file.txt"
+    assert exit_code(words, log, runs.environ(), LIMIT_SECONDS) == 2  # the launcher passes the ranks' exit code on
+    assert "run.world_size asks for 16 ranks but deepspeed started" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not run_dir.exists()
+
+
+def test_one_signalled_rank_stops_all_before_the_same_step_and_a_resume_goes_on(runs: Runs) -> None:
+    """A launcher signals its ranks up to 30 s apart, so one that knows of the signal must be enough."""
+    run_dir = runs.run_dir("stopped")
+    place = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with ExitStack() as stack:
+        ranks = []
+        for rank in "01":
+            environ = {**runs.environ(), **place, "RANK": rank, "LOCAL_RANK": rank}
+            log = runs.folder / f"stopped-{rank}.log"
+            ranks.append(stack.enter_context(launched(command("alone", run_dir), log, environ)))
+        wait_until_it_trains(run_dir, ranks)
+        psutil.Process(ranks[1].pid).suspend()  # so that the run stands still while the others look at it
+        ranks[1].send_signal(signal.SIGTERM)
+        a_second_run_is_refused(runs, run_dir, owner=ranks[0].pid)
+        psutil.Process(ranks[1].pid).resume()
+        codes = [rank.wait(LIMIT_SECONDS) for rank in ranks]
+    assert codes == [75, 75], [log.read_text() for log in sorted(runs.folder.glob("stopped-*.log"))]
+    state = json.loads((run_dir / "run_state.json").read_text())
+    steps = [record["step"] for record in records(run_dir, "step")]
+    assert (state["status"], state["step"]) == ("stopped", steps[-1])
+    assert steps[-1] < NUM_STEPS
+    assert world_size(run_dir) == 2
+    assert max((run_dir / "checkpoints").glob("step-*")).name == f"step-{steps[-1]:08d}"
+
+    log = runs.folder / "resumed.log"
+    words = command("torchrun", run_dir, "--resume", "auto")
+    assert exit_code(words, log, runs.environ(), LIMIT_SECONDS) == 0, log.read_text()
+    resumed, uninterrupted = losses_without_the_stop(run_dir, steps[-1]), runs.finish("torchrun")
+    assert resumed == uninterrupted  # to the bit
+
+
+def wait_until_it_trains(run_dir: Path, ranks: list[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not records(run_dir, "step"):
+        assert all(rank.poll() is None for rank in ranks), "a rank ended before its first step"
+        assert time.monotonic() < deadline, "no step was trained"
+        time.sleep(0.005)
+
+
+def a_second_run_is_refused(runs: Runs, run_dir: Path, owner: int) -> None:
+    log = runs.folder / "second.log"
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    assert exit_code(command("alone", run_dir), log, runs.environ(), LIMIT_SECONDS) == 2
+    assert f"is owned by another live run: process {owner} on " in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def losses_without_the_stop(run_dir: Path, stopped_step: int) -> list[float]:
+    """As ``losses``, less the held-out loss that was measured when the run stopped."""
+    found: dict[int, Any] = {record["step"]: record["loss"] for record in records(run_dir, "evaluation")}
+    assert sorted(found) == [stopped_step, NUM_STEPS]
+    return [*losses(run_dir)[:NUM_STEPS], found[NUM_STEPS]]

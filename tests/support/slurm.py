@@ -1,0 +1,110 @@
+"""A real SLURM cluster on this machine: munged, slurmctld and two slurmd in folders and on ports of their own."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tests.support.ranks import free_port
+
+NODES = "0x7f00000[1-2]"
+"""Node names in SLURM's short form. On a cluster node names resolve; these do on every machine without a change of its
+hosts file, because they are the numbers of 127.0.0.1 and 127.0.0.2."""
+_CONFIGURATION = """\
+ClusterName=dsft
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+MpiDefault=none
+ReturnToService=2
+SlurmdParameters=config_overrides
+NodeName=0x7f000001 NodeHostname={host} NodeAddr=127.0.0.1 Port={first_port} CPUs=4 RealMemory=1000
+NodeName=0x7f000002 NodeHostname={host} NodeAddr=127.0.0.1 Port={second_port} CPUs=4 RealMemory=1000
+PartitionName=all Nodes=0x7f00000[1-2] Default=YES MaxTime=INFINITE State=UP
+"""
+PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sinfo", "scancel", "squeue")
+
+
+@contextmanager
+def slurm_cluster(folder: Path, timeout_seconds: float = 60.0) -> Iterator[dict[str, str]]:
+    """Start the cluster; gives the variables under which srun, sbatch and their friends find it."""
+    configuration = folder / "slurm.conf"
+    configuration.write_text(
+        _CONFIGURATION.format(
+            folder=folder,
+            host=socket.gethostname(),
+            user=getpass.getuser(),
+            controller_port=free_port(),
+            first_port=free_port(),
+            second_port=free_port(),
+        )
+    )
+    (folder / "state").mkdir()
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o600)
+    environ = {"SLURM_CONF": str(configuration)}
+    munged = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket"]
+    munged += [f"--{kind}-file={folder}/munge.{kind}" for kind in ("pid", "log", "seed")]
+    with ExitStack() as stack:
+        daemons = [
+            stack.enter_context(_daemon(command, folder / f"{name}.log", environ))
+            for name, command in {
+                "munged": munged,
+                "slurmctld": ["slurmctld", "-D", "-c", "-f", str(configuration)],
+                "slurmd1": ["slurmd", "-D", "-f", str(configuration), "-N", "0x7f000001"],
+                "slurmd2": ["slurmd", "-D", "-f", str(configuration), "-N", "0x7f000002"],
+            }.items()
+        ]
+        deadline = time.monotonic() + timeout_seconds
+        while _ask(["sinfo", "-h", "-o", "%D %T"], environ) != "2 idle":
+            logs = [log.read_text(errors="replace")[-2000:] for log in sorted(folder.glob("*.log"))]
+            assert all(daemon.poll() is None for daemon in daemons), logs
+            assert time.monotonic() < deadline, logs
+            time.sleep(0.2)
+        try:
+            yield environ
+        finally:
+            _ask(["scancel", "--signal=KILL", f"--user={getpass.getuser()}"], environ)
+            deadline = time.monotonic() + 20
+            while _ask(["squeue", "-h"], environ) and time.monotonic() < deadline:
+                time.sleep(0.2)
+
+
+@contextmanager
+def _daemon(command: list[str], log: Path, environ: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environ})
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _ask(command: list[str], environ: dict[str, str]) -> str:
+    answer = subprocess.run(
+        command, capture_output=True, text=True, timeout=30, check=False, env={**os.environ, **environ}
+    )
+    return answer.stdout.strip()
