@@ -81,7 +81,7 @@ def start_and_kill(kill_builder: bool, log: Path) -> int:
 
 
 def test_a_killed_builder_does_not_block_the_next_start(builder: Callable[[str], Path]) -> None:
-    log = builder("sleep 1")
+    log = builder("sleep 4")  # long enough that a crowded machine kills it while it builds
     start_and_kill(True, log)
     assert list(cache_folder("cpu").glob(f".{NAME}.*.tmp/{NAME}/lock")), "the trap is set: a lock was left behind"
     started = time.monotonic()
