@@ -144,6 +144,12 @@ def _check_keys(given: _Json) -> None:
         raise ConfigError(
             f'{given.place(("gradient_allreduce_op",))} must be "mean", for which dsft scales the loss. Remove the key.'
         )
+    for keys in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if _get(given.values, keys) is False:
+            raise ConfigError(
+                f"{given.place(keys)} is false: DeepSpeed would then apply gradients that are not finite, and the "
+                "weights would be lost. dsft skips and counts such steps. Remove the key."
+            )
     if _get(given.values, ("compile", "deepcompile")) is True:
         raise ConfigError(
             f"{given.place(('compile', 'deepcompile'))}: DeepCompile cannot run with the gradient accumulation that "

@@ -168,6 +168,8 @@ def test_the_users_values_are_not_changed(tmp_path: Path) -> None:
         ('{"tensor_parallel": {"autotp_size": 2}}', ["no tensor parallelism"]),
         ('{"gradient_allreduce_op": "sum"}', ['must be "mean"']),
         ('{"compile": {"deepcompile": true}}', ["DeepCompile"]),
+        ('{"bf16": {"check_grad_overflow": false}}', ["bf16.check_grad_overflow is false", "not finite"]),
+        ('{"zero_optimization": {"compute_grad_norm": false}}', ["zero_optimization.compute_grad_norm is false"]),
         ('{\n"zero_optimisation": {"stage": 3}}', ["ds.json, line 2", "Did you mean zero_optimization?"]),
         ('{"zero_optimization": 3}', ["zero_optimization must be an object"]),
         ('{"zero_optimization": {"stage": "auto"}}', ["zero_optimization.stage", 'cannot fill in "auto"']),
