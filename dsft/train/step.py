@@ -71,9 +71,26 @@ def train_step(
         group["lr"] = lr
     engine.step()
     applied = bool(engine.was_step_applied())
+    if not applied:
+        _drop_gradients(engine)
     grad_norm = engine.get_global_grad_norm()
     norm = math.inf if not applied or grad_norm is None else float(grad_norm)
     return StepResult(source_loss, applied=applied, not_finite=not applied, grad_norm=norm)
+
+
+def _drop_gradients(engine: Any) -> None:
+    """Forget the gradients of a skipped step.
+
+    DeepSpeed 0.19.8 keeps them where ZeRO 1 or 2 offloads the optimizer of a bf16 model: the next gradients would be
+    added to NaN, and every later step skipped too.
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3 or not getattr(optimizer, "cpu_offload", False):
+        return
+    for group in optimizer.averaged_gradients:
+        optimizer.averaged_gradients[group] = None
+    for partition in optimizer.single_partition_of_fp32_groups:
+        partition.grad.zero_()
 
 
 def _seed_generators(seed: int, step: int, batch: PackedBatch) -> None:
