@@ -163,6 +163,11 @@ def test_what_is_prepared_is_kept_and_what_changed_is_made_again(tmp_path: Path,
     (store.folder / "shard-000002.tokens").unlink()
     (mended,) = prepare([source(raw)], base_tokenizer, tmp_path)
     assert documents(mended) == documents(grown)
+    (store.folder / "shard-000002.tokens").unlink()  # not cut in place: `grown` has it mapped
+    (store.folder / "shard-000002.tokens").write_bytes(b"cut")
+    (store.folder / "manifest.json").unlink()
+    (mended,) = prepare([source(raw)], base_tokenizer, tmp_path)
+    assert documents(mended) == documents(grown)
     os.utime(raw / "0.jsonl", ns=(5, 5))
     (touched,) = prepare([source(raw)], base_tokenizer, tmp_path)
     assert touched.fingerprint == grown.fingerprint

@@ -182,6 +182,20 @@ def test_a_new_version_of_a_shard_replaces_the_old_one(tmp_path: Path) -> None:
         SourceStore(tmp_path).index(0)
 
 
+def test_an_old_index_never_stands_beside_new_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_store(tmp_path, [text_document([1])])
+
+    def crash(path: Path, data: bytes) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsft.store.writer.write_bytes", crash)
+    writer = ShardWriter(tmp_path, 0, token_dtype(1000), "raw-0")
+    writer.add(text_document([2]))
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    assert not index_path(tmp_path, 0).exists()
+
+
 def test_publishing_again_leaves_the_shard_as_it_is(tmp_path: Path) -> None:
     write_store(tmp_path, [text_document([1])])
     before = {name: (tmp_path / name).stat().st_ino for name in os.listdir(tmp_path) if name.startswith("shard")}
