@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dsft.batch.types import StepBatch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class EvaluationPlan:
-    """The held-out sets of a run and the running training loss that is shown beside them.
+    """The held-out sets of a run, and what is to be done with their losses.
 
     Attributes:
         section: when to measure.
@@ -32,7 +32,6 @@ class EvaluationPlan:
     sets: tuple[HeldOutSet, ...]
     tokenizer: Tokenizer
     watch: OverfitWatch
-    _loss_sums: dict[str, tuple[float, float]] = field(default_factory=dict)
     _last_step: int = -1
 
     def at_start(self, run: Run, state: TrainState) -> None:
@@ -51,13 +50,13 @@ class EvaluationPlan:
         by_step = every is not None and state.step % every == 0
         return bool(self.sets) and (by_step or (self.section.at_stage_ends and batch.plan.ends_stage))
 
-    def watch_training(self, record: dict[str, Any]) -> None:
+    def watch_training(self, state: TrainState, record: dict[str, Any]) -> None:
         """Add a step record's losses (already reduced over ranks) to the training loss since the last evaluation."""
         for name, loss in record["loss_by_source"].items():
             weight = record["weight_by_source"][name]
-            total, weights = self._loss_sums.get(name, (0.0, 0.0))
+            total, weights = state.train_loss.get(name, (0.0, 0.0))
             if math.isfinite(loss):
-                self._loss_sums[name] = (total + loss * weight, weights + weight)
+                state.train_loss[name] = [total + loss * weight, weights + weight]
 
     def measure(self, run: Run, state: TrainState) -> bool:
         """Measure all sets (collective), write their records, warn of overfitting.
@@ -77,14 +76,14 @@ class EvaluationPlan:
             device=run.engine.device,
             step=state.step,
             tokens_trained=state.tokens_trained,
-            train_losses={name: total / weight for name, (total, weight) in self._loss_sums.items() if weight > 0},
+            train_losses={name: total / weight for name, (total, weight) in state.train_loss.items() if weight > 0},
             seed=run.seed,
         )
         for record in evaluation.records:
             run.recorder.write("evaluation", record)
         for found in evaluation.overfitting:
             run.recorder.warn(found.message)
-        self._loss_sums.clear()
+        state.train_loss = {}
         self._last_step = state.step
         state.overfit = self.watch.to_json()
         run.step_log.exclude(time.perf_counter() - started)

@@ -74,17 +74,20 @@ def train(run: Run, state: TrainState) -> str:
                 step=state.step,
             )
         _advance(state, batch, agreed.num_supervised, result)
-        run.step_log.add(state.step, batch.plan, agreed, result)
+        run.step_log.add(state.step, batch.plan, agreed, result, lr)
         _check_finite(run, state, batch, result)
-        if state.step % run.log_every_steps == 0:
-            _write_step(run, state, result, lr, batch.plan.stage)
-        if run.evaluation.due(state, batch) and run.evaluation.measure(run, state):
+        evaluate, save = run.evaluation.due(state, batch), run.saver.due(state)
+        if state.step % run.log_every_steps == 0 or evaluate or save:  # both need the training loss up to here
+            _write_steps(run, state)
+        if evaluate and run.evaluation.measure(run, state):
             outcome = "early_stop"
             break
-        if run.saver.due(state):
+        if save:
             run.saver.save(run, state)
-    run.evaluation.at_end(run, state)
-    run.saver.save(run, state)
+    _write_steps(run, state)
+    run.saver.save(run, state)  # first of all: who asked to stop may not wait for an evaluation
+    if outcome != "stopped":
+        run.evaluation.at_end(run, state)
     return outcome
 
 
@@ -109,7 +112,7 @@ def _advance(state: TrainState, batch: StepBatch, num_supervised: int, result: S
     state.tokens_trained = batch.plan.tokens_trained
     state.supervised_trained += num_supervised
     state.num_skipped += not result.applied
-    state.num_skipped_in_row = state.num_skipped_in_row + 1 if result.not_finite else 0
+    state.num_skipped_in_row = 0 if result.applied else state.num_skipped_in_row + result.not_finite
 
 
 def _check_finite(run: Run, state: TrainState, batch: StepBatch, result: StepResult) -> None:
@@ -134,14 +137,16 @@ def _check_finite(run: Run, state: TrainState, batch: StepBatch, result: StepRes
         )
 
 
-def _write_step(run: Run, state: TrainState, result: StepResult, lr: float, stage: int) -> None:
-    record = run.step_log.record(result, lr, run.loader.wait_seconds)
+def _write_steps(run: Run, state: TrainState) -> None:
+    """Write the record of the steps since the last one, if there are any. Collective."""
+    if run.step_log.is_empty:
+        return
+    record = run.step_log.record(run.loader.wait_seconds)
     counters = {
         "step": state.step,
-        "stage": stage,
         "tokens_trained": state.tokens_trained,
         "supervised_trained": state.supervised_trained,
         "num_skipped": state.num_skipped,
     }
-    run.evaluation.watch_training(record)
+    run.evaluation.watch_training(state, record)
     run.recorder.write("step", {**counters, **record})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsft.errors import CheckpointError
 from dsft.sampling.cursor import cursor_from_json, cursor_to_json
 from dsft.sampling.types import Cursor
 
@@ -19,8 +20,9 @@ class TrainState:
         tokens_trained: document tokens of those steps.
         supervised_trained: supervised tokens of those steps.
         num_skipped: steps whose update was skipped because loss or gradient was not finite, or nothing was supervised.
-        num_skipped_in_row: of these, not-finite ones since the last good step.
+        num_skipped_in_row: of these, not-finite ones since the last step that was applied.
         overfit: state of the overfitting watch (JSON).
+        train_loss: per source, since the last evaluation: [weighted sum of the loss, sum of weights].
     """
 
     cursor: Cursor
@@ -30,6 +32,7 @@ class TrainState:
     num_skipped: int = 0
     num_skipped_in_row: int = 0
     overfit: dict[str, Any] = field(default_factory=dict)
+    train_loss: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -41,6 +44,7 @@ class TrainState:
             "num_skipped": self.num_skipped,
             "num_skipped_in_row": self.num_skipped_in_row,
             "overfit": self.overfit,
+            "train_loss": self.train_loss,
         }
 
 
@@ -48,6 +52,13 @@ def state_from_json(values: dict[str, Any]) -> TrainState:
     """Inverse of :meth:`TrainState.to_json`.
 
     Raises:
-        CheckpointError: the cursor is of another order version.
+        CheckpointError: the cursor is of another order version, or the values are not those of a TrainState.
     """
-    return TrainState(cursor=cursor_from_json(values["cursor"]), **{k: v for k, v in values.items() if k != "cursor"})
+    cursor = cursor_from_json(values["cursor"])
+    try:
+        return TrainState(cursor=cursor, **{key: value for key, value in values.items() if key != "cursor"})
+    except TypeError as error:
+        raise CheckpointError(
+            f"the checkpoint's training state cannot be read ({error}): another version of dsft wrote it. Resume with "
+            "that version, or start a new run from its weights (model.path)."
+        ) from error

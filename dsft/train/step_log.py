@@ -53,15 +53,22 @@ class StepLog:
         self._device = device
         self._clear()
 
+    @property
+    def is_empty(self) -> bool:
+        """No step was added since the last record."""
+        return self._last is None
+
     def _clear(self) -> None:
+        self._last: tuple[int, StepResult, float] | None = None
         self._source_loss = torch.zeros(2, len(self._names), dtype=torch.float64, device=self._device)
         self._counts = {"supervised": 0, "other": 0, "padding": 0, "idle": 0}
         self._started = time.perf_counter()
         self._num_pairs = 0
         self._excluded_seconds = 0.0
 
-    def add(self, step: int, plan: StepPlan, agreed: Agreement, result: StepResult) -> None:
-        """Count a step that was run, and write what it was given to the data log."""
+    def add(self, step: int, plan: StepPlan, agreed: Agreement, result: StepResult, lr: float) -> None:
+        """Count a step that was run with learning rate ``lr``, and write what it was given to the data log."""
+        self._last = (plan.stage, result, lr)
         self._source_loss += result.source_loss
         self._counts["supervised"] += agreed.num_supervised
         self._counts["other"] += agreed.num_tokens - agreed.num_supervised
@@ -76,14 +83,16 @@ class StepLog:
         """Leave ``seconds`` (an evaluation, a save) out of the rates."""
         self._excluded_seconds += seconds
 
-    def record(self, result: StepResult, lr: float, waited_seconds: float) -> dict[str, Any]:
+    def record(self, waited_seconds: float) -> dict[str, Any]:
         """The record of the steps since the last one: loss over all ranks, per source, rates, memory. Collective.
 
+        Stage, learning rate and gradient norm are those of the last step.
+
         Args:
-            result: of the last step.
-            lr: its learning rate.
             waited_seconds: that this rank has waited for data since the start.
         """
+        assert self._last is not None, "a record is of at least one step"
+        stage, result, lr = self._last
         seconds = max(time.perf_counter() - self._started - self._excluded_seconds, 1e-9)
         totals = self._groups.sum(self._source_loss.flatten().cpu().numpy()).reshape(2, len(self._names))
         weighted, weight = totals[0], totals[1]
@@ -93,6 +102,7 @@ class StepLog:
                 name: float(weighted[i] / weight[i]) for i, name in enumerate(self._names) if weight[i] > 0
             },
             "weight_by_source": {name: float(weight[i]) for i, name in enumerate(self._names) if weight[i] > 0},
+            "stage": stage,
             "lr": lr,
             "grad_norm": result.grad_norm,
             "applied": result.applied,
