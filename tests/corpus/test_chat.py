@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from dsft.corpus.chat import ChatMarker, Supervise
 from dsft.corpus.encode import Encoder
 from dsft.corpus.formats import BadRecord, Completion, Conversation, Message, Text
-from dsft.corpus.tokenizer import Tokenizer
+from dsft.corpus.tokenizer import Tokenizer, load_tokenizer
 from dsft.errors import DataError
 from dsft.store.types import Document
+from tests.support.tokenizers import tiny_tokenizer_folder
 
 LLAMA2 = (
     "{{ bos_token }}{% for m in messages %}"
@@ -116,8 +118,6 @@ def test_end_of_turn_id(any_tokenizer: Tokenizer) -> None:
 
 
 def test_no_doubled_bos(tokenizer_folders: dict[str, str]) -> None:
-    from dsft.corpus.tokenizer import load_tokenizer
-
     tokenizer = with_template(load_tokenizer(tokenizer_folders["legacy"]), LLAMA2)
     assert tokenizer.prefix_ids == (1,)
     doc = document(tokenizer, conversation(("user", "one"), ("assistant", "two")))
@@ -212,6 +212,32 @@ def test_a_token_across_the_border_is_refused(base_tokenizer: Tokenizer) -> None
     (result,) = Encoder(base_tokenizer, "assistant", None).encode([Completion("The stat", "ement is")])
     assert isinstance(result, BadRecord)
     assert "straddles the border of the completion" in str(result)
+
+
+def test_a_control_token_that_swallows_white_space_is_refused(tmp_path: Path) -> None:
+    """As Phi 3's <|assistant|>, which strips what follows it."""
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    hf = AutoTokenizer.from_pretrained(tiny_tokenizer_folder(tmp_path))
+    hf.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)], special_tokens=True)
+    hf.save_pretrained(tmp_path / "phi")
+    template = tmp_path / "phi.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    tokenizer = load_tokenizer(str(tmp_path / "phi"), chat_template=str(template))
+    kept = document(tokenizer, conversation(("user", "a"), ("assistant", "plain")))
+    assert learned(tokenizer, kept) == ["plain<|im_end|>"]
+    for answer in ("  indented", "\n"):
+        result = encode(tokenizer, conversation(("user", "a"), ("assistant", answer)))
+        assert isinstance(result, BadRecord), answer
+
+
+def test_a_tokenizer_that_normalises_is_accepted_for_what_it_gives_back(tokenizer_folders: dict[str, str]) -> None:
+    tokenizer = load_tokenizer(tokenizer_folders["byte_level"], chat_template="chatml")
+    doc = document(tokenizer, conversation(("user", "a"), ("assistant", " de\u0301ja\u0300")))
+    assert learned(tokenizer, doc) == [" d\u00e9j\u00e0<|im_end|>"]
 
 
 def test_raw_text_is_learned_whole(any_tokenizer: Tokenizer) -> None:
