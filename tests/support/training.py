@@ -51,6 +51,11 @@ class Outcome:
         """Loss of each step."""
         return [record["loss"] for record in self.records]
 
+    @property
+    def grad_norms(self) -> list[float]:
+        """Global gradient norm of each step, before clipping."""
+        return [record["grad_norm"] for record in self.records]
+
 
 class OneDocumentPerPack:
     """A plan whose steps hold the same pieces as ``planner``'s, each in a pack of its own: same N, more packs."""
