@@ -10,6 +10,8 @@ import importlib
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,19 +114,36 @@ class Groups:
         """Rank 0's JSON value on every rank; what the others pass is not looked at."""
         return self.all_gather_object(value if self.rank == 0 else None)[0]
 
-    def agree(self, error: DsftError | None) -> None:
+    def agree(self, error: Exception | None) -> None:
         """Fail together: if any rank brings an error, every rank raises the first one, with that rank's name in it.
 
-        For work that ranks do alone and that may fail on one of them: catch, then call this on every rank.
+        For work that ranks do alone and that may fail on one of them: catch, then call this on every rank. An error
+        that is no DsftError is raised as it is, with its traceback, where it happened; elsewhere as a TrainingError.
         """
         mine = None
-        if error is not None:
+        if isinstance(error, DsftError):
             mine = {"kind": type(error).__name__, "text": str(error), "host": socket.gethostname()}
-        for rank, theirs in enumerate(self.all_gather_object(mine)):
+        elif error is not None:
+            text = f"another rank failed, and its own output has the traceback: {type(error).__name__}: {error}"
+            mine = {"kind": TrainingError.__name__, "text": text, "host": socket.gethostname()}
+        everyones = self.all_gather_object(mine)
+        if error is not None and not isinstance(error, DsftError):
+            raise error
+        for rank, theirs in enumerate(everyones):
             if theirs is not None:
                 where = f" (rank {rank} on {theirs['host']})" if self.size > 1 else ""
                 kind: type[DsftError] = getattr(dsft.errors, theirs["kind"])
                 raise kind(theirs["text"] + where) from error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around work without collectives that one rank or each rank does alone: what fails on one fails on all."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:  # noqa: BLE001  (whatever it is, no rank may wait for one that is gone)
+            error = caught
+        self.agree(error)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

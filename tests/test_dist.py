@@ -62,6 +62,23 @@ def test_one_failure_is_everyones_failure() -> None:
     assert "rank 1" in str(caught.value.__cause__)
 
 
+def break_on_rank_one(groups: Groups) -> tuple[str, str]:
+    try:
+        with groups.together():
+            if groups.rank == 1:
+                raise IndexError("position 1024 of 1024")
+    except (IndexError, TrainingError) as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def test_an_error_that_dsft_does_not_know_stops_the_others_too() -> None:
+    (kind, text), own = run_ranks(break_on_rank_one, 2, timeout_seconds=60)
+    assert own == ("IndexError", "position 1024 of 1024")
+    assert kind == "TrainingError"
+    assert "IndexError: position 1024 of 1024 (rank 1 on " in text
+
+
 def die_on_rank_one(groups: Groups) -> str:
     if groups.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)

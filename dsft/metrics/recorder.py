@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsft.errors import ConfigError
+from dsft.errors import ConfigError, SaveError
 from dsft.metrics.console import Console
 from dsft.metrics.json_lines import JsonLines
 
@@ -27,6 +27,9 @@ class Recorder:
         is_main: this is rank 0.
         console: shows records to a person; None: only the files.
 
+    Attributes:
+        error: a file could not be written. Kept and not raised, because the other ranks must hear of it too.
+
     Raises:
         ConfigError: tensorboard is asked for and not installed; on every rank, so that none waits for rank 0.
         SaveError: a file cannot be opened.
@@ -38,11 +41,11 @@ class Recorder:
         self._lines = JsonLines(run_dir / METRICS_NAME) if is_main else None
         self._board = _tensorboard(run_dir) if is_main and "tensorboard" in sinks else None
         self._console = console if is_main else None
+        self.error: SaveError | None = None
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
         """Record ``record`` (with its ``step``) as of now."""
-        if self._lines is not None:
-            self._lines.write({"kind": kind, "time": time.time(), **record})
+        self._append({"kind": kind, "time": time.time(), **record})
         if self._board is not None:
             for name, value in _scalars(record):
                 self._board.add_scalar(f"{_group(kind, record)}/{name}", value, record["step"])
@@ -53,7 +56,15 @@ class Recorder:
         """Say something loudly, and keep it."""
         if self._lines is not None:
             logger.warning("%s", message)
-            self._lines.write({"kind": "warning", "time": time.time(), "message": message})
+        self._append({"kind": "warning", "time": time.time(), "message": message})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._lines is None:
+            return
+        try:
+            self._lines.write(line)
+        except SaveError as error:
+            self.error = self.error or error
 
     def close(self) -> None:
         """Flush and close everything."""

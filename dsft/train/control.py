@@ -82,22 +82,17 @@ def propose(groups: Groups, batch: StepBatch | None, error: DsftError | None, *,
     return Proposal(batch=batch, error=error, pending=groups.post(vector))
 
 
-def agree(proposal: Proposal) -> Agreement:
+def agree(groups: Groups, proposal: Proposal) -> Agreement:
     """Wait for all ranks' messages and decide.
 
     Raises:
-        DsftError: this rank's own error.
-        TrainingError: another rank failed, or the ranks do not plan the same step.
+        DsftError: what a rank brought, on every rank alike.
+        TrainingError: the ranks do not plan the same step.
     """
     table = proposal.pending.wait()
     column = {name: table[:, position] for position, name in enumerate(_FIELDS)}
-    if proposal.error is not None:
-        raise proposal.error
-    failed = np.flatnonzero(column["status"] == _FAILED)
-    if failed.size:
-        raise TrainingError(
-            f"rank {int(failed[0])} could not load its next batch; its own message says why. All ranks stop."
-        )
+    if (column["status"] == _FAILED).any():  # every rank sees it, so every rank comes to hear the error itself
+        groups.agree(proposal.error)
     if len(set(column["plan"].tolist())) > 1 or len(set(column["status"].tolist())) > 1:
         odd = [rank for rank in range(len(table)) if column["plan"][rank] != column["plan"][0]]
         raise TrainingError(

@@ -55,7 +55,7 @@ def train(run: Run, state: TrainState) -> str:
     run.evaluation.at_start(run, state)
     proposal = _propose_next(run, batches)
     while run.max_steps is None or state.step < run.max_steps:
-        agreed = agree(proposal)
+        agreed = agree(run.groups, proposal)
         if agreed.end or agreed.stop:
             outcome = "stopped" if agreed.stop and not agreed.end else "finished"
             break
@@ -88,6 +88,7 @@ def train(run: Run, state: TrainState) -> str:
     run.saver.save(run, state)  # first of all: who asked to stop may not wait for an evaluation
     if outcome != "stopped":
         run.evaluation.at_end(run, state)
+    run.groups.agree(run.recorder.error or run.step_log.error)
     return outcome
 
 
@@ -103,6 +104,7 @@ def _propose_next(run: Run, batches: Iterator[StepBatch]) -> Proposal:
         error = DataError(
             f"rank {run.groups.world.rank}: reading training data failed: {caught}. Check the store's disk."
         )
+    error = error or run.recorder.error or run.step_log.error
     return propose(run.groups, batch, error, stop=run.stop.requested is not None, salt=run.salt)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dsft.errors import SaveError
 from dsft.metrics.json_lines import JsonLines
 from dsft.metrics.throughput import Throughput
 from dsft.sampling.types import StepPlan
@@ -33,6 +34,9 @@ class StepLog:
         run_dir: where the log of the per-step hashes goes; None on ranks other than 0.
         attempt: id of this start of the run.
         device: of this rank's model.
+
+    Attributes:
+        error: the data log could not be written. Kept and not raised, because the other ranks must hear of it too.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class StepLog:
         self._names = source_names
         self._throughput = throughput
         self._data_log = None if run_dir is None else JsonLines(run_dir / DATA_LOG_NAME)
+        self.error: SaveError | None = None
         self._waited_before = 0.0
         self._attempt = attempt
         self._device = device
@@ -77,7 +82,10 @@ class StepLog:
         self._num_pairs += sum(int(np.square(pack.length, dtype=np.int64).sum()) for pack in plan.packs)
         if self._data_log is not None:
             entry = {"step": step, "attempt": self._attempt, "data_hash": agreed.data_hash, "tokens": agreed.num_tokens}
-            self._data_log.write({**entry, "supervised": agreed.num_supervised, "applied": result.applied})
+            try:
+                self._data_log.write({**entry, "supervised": agreed.num_supervised, "applied": result.applied})
+            except SaveError as error:
+                self.error = self.error or error
 
     def exclude(self, seconds: float) -> None:
         """Leave ``seconds`` (an evaluation, a save) out of the rates."""
