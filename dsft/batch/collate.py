@@ -79,7 +79,7 @@ def collate(packs: Sequence[Pieces], spec: BatchSpec) -> PackedBatch:
         DataError: a store that cannot be read.
     """
     assert packs, "a rank without packs runs a filler"
-    pieces = _join(packs)
+    pieces = join_packs(packs)
     contents = _read(pieces, spec)
     spans, span_piece, weights = _supervised(pieces, contents, spec)
     row_tokens = len(packs) * spec.pack_tokens
@@ -136,7 +136,8 @@ def filler(spec: BatchSpec) -> PackedBatch:
     )
 
 
-def _join(packs: Sequence[Pieces]) -> Pieces:
+def join_packs(packs: Sequence[Pieces]) -> Pieces:
+    """The pieces of all packs, in order."""
     return Pieces(
         source=np.concatenate([pack.source for pack in packs]),
         shard=np.concatenate([pack.shard for pack in packs]),

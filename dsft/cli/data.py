@@ -1,21 +1,27 @@
-"""``dsft data stats`` and ``dsft data preview``: what training will see."""
+"""``dsft data stats``, ``preview`` and ``verify-run``: what training will see, and what it saw."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from dsft.constants import EXIT_OK, EXIT_RUN_FAILED
+
 if TYPE_CHECKING:
     from dsft.config.models import RunConfig
     from dsft.corpus.preview import Preview
     from dsft.corpus.statistics import SourceStatistics
     from dsft.store.reader import SourceStore
+
+PROGRESS_SECONDS = 2.0
 
 _FILE = click.argument("file", metavar="RUN.yaml", type=click.Path(path_type=Path))
 _SET = click.option(
@@ -26,7 +32,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for pro
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """Statistics and previews of a run's data."""
+    """A run's data: statistics, previews, and proof of what was trained."""
 
 
 @command.command()
@@ -87,6 +93,39 @@ def preview(file: Path, overrides: tuple[str, ...], as_json: bool, name: str | N
     for key, items in previews.items():
         for item in items:
             _print_preview(key, item, coloured)
+
+
+@command.command("verify-run")
+@click.argument("run", metavar="RUN_FOLDER", type=click.Path(path_type=Path, file_okay=False))
+@_JSON
+def verify_run(run: Path, as_json: bool) -> int:
+    """Prove that each step of a run was given exactly what its plan says, across resumes.
+
+    Recomputes the plan, reads the token stores and compares with the run's data log, along the steps that led to its
+    newest checkpoint. Exit code 1 and the steps that differ where it does not hold.
+    """
+    from dsft.cli.verify_run import print_report
+    from dsft.train.verify_run import verify_run as verify
+
+    report = verify(run, _progress_line())
+    if as_json:
+        click.echo(json.dumps({**asdict(report), "is_proved": report.is_proved}, indent=2))
+    else:
+        print_report(report)
+    return EXIT_OK if report.is_proved else EXIT_RUN_FAILED
+
+
+def _progress_line() -> Callable[[int, int], None]:
+    """A line on stderr every few seconds of a long check."""
+    said = time.monotonic()
+
+    def progress(step: int, last_step: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= PROGRESS_SECONDS:
+            said = time.monotonic()
+            click.echo(f"step {step:,} of {last_step:,}", err=True)
+
+    return progress
 
 
 def planned_epochs(config: RunConfig, stores: list[SourceStore]) -> dict[str, float]:

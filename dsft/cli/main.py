@@ -24,7 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("dsft.cli.train:command", "Train as a YAML file says; the same command under every launcher."),
     "export": ("dsft.cli.export:command", "Write a checkpoint as a Hugging Face folder."),
     "config": ("dsft.cli.config:command", "Show or check a configuration, or print its JSON schema."),
-    "data": ("dsft.cli.data:command", "Statistics and previews of prepared data."),
+    "data": ("dsft.cli.data:command", "Statistics and previews of data; proof of what was trained."),
     "ops": ("dsft.cli.ops:command", "Build dsft's native operations, or say which are in use."),
 }
 """Verb -> (module:attribute of its click command, one line of help). A module is imported when its verb is run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ class JsonLines:
         try:
             while line:
                 line = line[self._file.write(line) :]  # a disk that is about to be full takes a part without an error
+        except OSError as error:
+            raise save_error(self._path, error) from error
+
+    def sync(self) -> None:
+        """Return once all lines are on the disk."""
+        try:
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise save_error(self._path, error) from error
 

@@ -10,6 +10,7 @@ from dsft.checkpoint.payload import load_engine
 from dsft.checkpoint.verify import newest_verified, verify
 from dsft.config.load import config_differences
 from dsft.errors import CheckpointError, ConfigError
+from dsft.train.attempts import Origin
 from dsft.train.state import TrainState, state_from_json
 
 if TYPE_CHECKING:
@@ -85,19 +86,22 @@ def restore(
     start: Cursor,
     *,
     allow_data_change: bool,
-) -> TrainState:
+) -> tuple[TrainState, Origin | None]:
     """The state to begin with, with the engine's weights and optimizer loaded when it is a checkpoint's. Collective.
+
+    Returns:
+        The state, and where it is from; None for a fresh start.
 
     Raises:
         CheckpointError, ConfigError: as :func:`find_checkpoint` and :func:`check_state`.
     """
     checkpoint = find_checkpoint(resume, saver.folder, groups)
     if checkpoint is None:
-        return TrainState(cursor=start)
+        return TrainState(cursor=start), None
     saved = load_state(checkpoint)
     for line in check_state(saved, saver.identity, allow_data_change=allow_data_change):
         recorder.warn(f"changed since the checkpoint: {line}")
     load_engine(engine, checkpoint)
     state = state_from_json(saved["train"])
     recorder.write("resume", {"step": state.step, "path": str(checkpoint), "from_attempt": saved["attempt"]})
-    return state
+    return state, Origin(checkpoint, saved["attempt"])

@@ -55,6 +55,7 @@ class Saver:
         if state.step == self._last_step:
             return
         started = time.perf_counter()
+        run.step_log.sync()
 
         def write_payload(staging: Path) -> Sequence[WrittenFile]:
             files = save_engine(run.engine, staging)

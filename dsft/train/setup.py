@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from dsft.batch.collate import BatchSpec
 from dsft.batch.loader import Loader
 from dsft.config.models import EvaluationSetSection, RunConfig, SourceSection
+from dsft.corpus.chat import ChatMarker
 from dsft.corpus.prepare import prepare_sources
 from dsft.corpus.progress import ProgressLines
 from dsft.corpus.tokenizer import Tokenizer, load_tokenizer
@@ -90,10 +92,10 @@ def open_data(config: RunConfig, tokenizer: Tokenizer, *, worker: int, num_worke
     return Data(tokenizer, tuple(stores[:num_sources]), tuple(stores[num_sources:]))
 
 
-def train_tokens(config: RunConfig, data: Data) -> int | None:
+def train_tokens(config: RunConfig, stores: Sequence[SourceStore]) -> int | None:
     """Length of the run in document tokens; None when it is given in steps."""
     if config.train.epochs is not None:
-        return round(config.train.epochs * _usable_tokens(config, data.stores[0]))
+        return round(config.train.epochs * _usable_tokens(config, stores[0]))
     return config.train.tokens
 
 
@@ -106,6 +108,11 @@ def _usable_tokens(config: RunConfig, store: SourceStore) -> int:
 
 def build_planner(config: RunConfig, data: Data) -> Planner:
     """The plan over the run's sources and stages."""
+    return plan_stores(config, data.stores)
+
+
+def plan_stores(config: RunConfig, stores: Sequence[SourceStore]) -> Planner:
+    """The plan of a configuration over its sources' token stores."""
     section = config.data
     stages = [
         Stage(
@@ -120,7 +127,7 @@ def build_planner(config: RunConfig, data: Data) -> Planner:
     else:
         stages = [Stage("all", None, tuple(source.weight for source in section.sources))]
     return Planner(
-        [_planned(source.name, store) for source, store in zip(section.sources, data.stores, strict=True)],
+        [_planned(source.name, store) for source, store in zip(section.sources, stores, strict=True)],
         stages,
         seed=config.run.seed,
         pack_tokens=section.pack_tokens,
@@ -129,7 +136,7 @@ def build_planner(config: RunConfig, data: Data) -> Planner:
         window_tokens=section.window_tokens,
         group_shards=section.group_shards,
         overlong=section.overlong,
-        train_tokens=train_tokens(config, data),
+        train_tokens=train_tokens(config, stores),
     )
 
 
@@ -210,12 +217,26 @@ def held_out_spec(config: RunConfig, tokenizer: Tokenizer, store: SourceStore) -
 
 
 def write_model_folder(folder: Path, hf_config: Any, tokenizer: Tokenizer, model: PackedCausalLM) -> None:
-    """Write what an export needs beside the weights: config, generation config, tokenizer, chat template."""
+    """Write what an export needs beside the weights: config, generation config, tokenizer, chat template.
+
+    Generation stops at the end of a document and, where the chat template has one, at the token that ends a turn: the
+    model learns to write that one after an answer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     hf_config.save_pretrained(folder)
-    if getattr(model.hf, "generation_config", None) is not None:
-        model.hf.generation_config.save_pretrained(folder)
+    generation = copy.deepcopy(model.hf.generation_config)
+    generation.eos_token_id, generation.pad_token_id = stop_ids(tokenizer), tokenizer.pad_id
+    generation.save_pretrained(folder)
     tokenizer.hf.save_pretrained(folder)
+
+
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
+    """Tokens that end an answer."""
+    ids = [tokenizer.eos_id]
+    if tokenizer.chat_template is not None:
+        end_of_turn = ChatMarker(tokenizer).end_of_turn_id()
+        ids += [end_of_turn] if end_of_turn not in (None, tokenizer.eos_id) else []
+    return [token for token in ids if token is not None]
 
 
 def choose_device_type(environ: Mapping[str, str]) -> DeviceType:

@@ -32,6 +32,7 @@ from dsft.model.load import resolved_commit
 from dsft.model.probe import prove
 from dsft.ops.backend import choose as choose_kernels
 from dsft.train import setup
+from dsft.train.attempts import Attempt, append_attempt
 from dsft.train.dry_run import describe, dry_run
 from dsft.train.evaluation import EvaluationPlan
 from dsft.train.loop import Run, train
@@ -187,14 +188,16 @@ def build_run(
         "world_size": groups.size,
     }
     saver = Saver(config.checkpoint, folder.path / "checkpoints", folder.path / "model", folder.attempt, identity)
-    tokens = setup.train_tokens(config, data)
+    tokens = setup.train_tokens(config, data.stores)
     console = Console(config.train.steps, tokens) if is_main else None
     recorder = Recorder(folder.path, config.log.sinks, is_main=is_main, console=console)
-    state = restore(
+    state, origin = restore(
         options.resume, saver, engine, groups, recorder, planner.start(), allow_data_change=options.allow_data_change
     )
     prove(engine.module, engine.device)
     if is_main:
+        attempt = Attempt.of(folder.attempt, state.step, origin, identity, data.stores)
+        append_attempt(folder.path, attempt)
         setup.write_model_folder(folder.path / "model", hf_config, data.tokenizer, engine.module)
     throughput = Throughput(
         cost.flops_per_token,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dsft.dist import Groups
 
 DATA_LOG_NAME = "data_log.jsonl"
-"""One line a step: the hash of what the model was given. ``data verify-run`` will recompute it from the store."""
+"""One line a step: the hash of what the model was given. ``data verify-run`` recomputes it from the store."""
 
 
 class StepLog:
@@ -86,6 +86,11 @@ class StepLog:
                 self._data_log.write({**entry, "supervised": agreed.num_supervised, "applied": result.applied})
             except SaveError as error:
                 self.error = self.error or error
+
+    def sync(self) -> None:
+        """Return once the data log is on the disk: before the checkpoint whose steps it proves is committed."""
+        if self._data_log is not None:
+            self._data_log.sync()
 
     def exclude(self, seconds: float) -> None:
         """Leave ``seconds`` (an evaluation, a save) out of the rates."""
