@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from dsft.ops import backend, planning
 from dsft.sampling.order import DocumentChunk, SourceOrder
 from dsft.sampling.types import SourcePosition
 
@@ -131,28 +132,71 @@ class Mixture:
         self, active: list[int], weights: Sequence[float], drawn: list[int], max_documents: int, max_tokens: int
     ) -> DrawnDocuments:
         """Draw as many documents as the chunks read ahead decide: those before the first chunk's end."""
-        tags = []
-        for source in active:
-            reader = self._readers[source]
+        readers = [self._readers[source] for source in active]
+        for reader in readers:
             reader.fill()
-            ends = drawn[source] + np.cumsum(reader.planned, dtype=np.int64)
-            tags.append(np.concatenate(([drawn[source]], ends)) / weights[source])
-        horizon = min(tag[-1] for tag in tags)
-        counts = [int(np.searchsorted(tag[:-1], horizon, side="left")) for tag in tags]
-        decided = np.concatenate([tag[:count] for tag, count in zip(tags, counts, strict=True)])
-        owner = np.repeat(np.array(active, dtype=np.int64), counts)
-        planned = np.concatenate(
-            [self._readers[source].planned[:count] for source, count in zip(active, counts, strict=True)]
+        owner, row = merge_by_tag(
+            [reader.planned for reader in readers],
+            [drawn[source] for source in active],
+            [weights[source] for source in active],
+            max_documents,
+            max_tokens,
         )
-        order = np.argsort(decided, kind="stable")
-        enough = np.searchsorted(np.cumsum(planned[order], dtype=np.int64), max_tokens, side="left") + 1
-        order = order[: min(int(enough), max_documents)]
+        counts = np.bincount(owner, minlength=len(active))
+        taken = zip(readers, counts.tolist(), active, strict=True)
+        blocks = [reader.take(count, source) for reader, count, source in taken]
+        if len(blocks) == 1:
+            return blocks[0]
+        first_rows = np.cumsum(counts) - counts
+        return _take(_concatenate(blocks), first_rows[owner] + row)
 
-        taken = np.bincount(owner[order], minlength=len(weights))
-        documents = _concatenate([self._readers[source].take(int(taken[source]), source) for source in active])
-        # Rows of `documents` are by source, as those of `decided` are, but without the documents not taken.
-        chosen = np.sort(order)
-        return _take(documents, np.searchsorted(chosen, order))
+
+def merge_by_tag(
+    planned: Sequence[npt.NDArray[np.int32]],
+    drawn: Sequence[int],
+    weights: Sequence[float],
+    max_documents: int,
+    max_tokens: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The order in which sources' documents are drawn, as far as those read ahead decide it: up to the first tag that
+    a document not yet read could have.
+
+    Args:
+        planned: per source, tokens of the documents read ahead, each >= 1 and at least one.
+        drawn: per source, tokens drawn before them.
+        weights: per source, > 0.
+        max_documents, max_tokens: draw no more documents; end with the one that reaches so many tokens. Each >= 1.
+
+    Returns:
+        (owner, row) int64 per document drawn: position of its source in ``planned``, and its place in that column.
+    """
+    if backend.current() == "native":
+        return planning.merge_by_tag(planned, drawn, weights, max_documents, max_tokens)
+    return merge_by_tag_reference(planned, drawn, weights, max_documents, max_tokens)
+
+
+def merge_by_tag_reference(
+    planned: Sequence[npt.NDArray[np.int32]],
+    drawn: Sequence[int],
+    weights: Sequence[float],
+    max_documents: int,
+    max_tokens: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Arguments and result: :func:`merge_by_tag`."""
+    tags = []
+    for lengths, before, weight in zip(planned, drawn, weights, strict=True):
+        ends = before + np.cumsum(lengths, dtype=np.int64)
+        tags.append(np.concatenate(([before], ends)) / weight)
+    horizon = min(tag[-1] for tag in tags)
+    counts = [int(np.searchsorted(tag[:-1], horizon, side="left")) for tag in tags]
+    decided = np.concatenate([tag[:count] for tag, count in zip(tags, counts, strict=True)])
+    order = np.argsort(decided, kind="stable")
+    owner = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+    row = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
+    lengths = np.concatenate([lengths[:count] for lengths, count in zip(planned, counts, strict=True)])
+    enough = int(np.searchsorted(np.cumsum(lengths[order], dtype=np.int64), max_tokens, side="left")) + 1
+    order = order[: min(enough, max_documents)]
+    return owner[order], row[order]
 
 
 def _columns(documents: DrawnDocuments) -> tuple[npt.NDArray[np.generic], ...]:
@@ -160,7 +204,7 @@ def _columns(documents: DrawnDocuments) -> tuple[npt.NDArray[np.generic], ...]:
 
 
 def _take(documents: DrawnDocuments, rows: npt.NDArray[np.int64]) -> DrawnDocuments:
-    return DrawnDocuments(*(column[rows] for column in _columns(documents)))  # type: ignore[arg-type]
+    return DrawnDocuments(*(column.take(rows) for column in _columns(documents)))  # type: ignore[arg-type]
 
 
 def _concatenate(blocks: list[DrawnDocuments]) -> DrawnDocuments:

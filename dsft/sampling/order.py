@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dsft.errors import DataError
+from dsft.ops import backend, planning
+from dsft.ops.planning import DocumentColumns
 from dsft.sampling.packing import Overlong, planned_lengths
 from dsft.sampling.permutation import Permutation, derive_key, stream_key
 from dsft.sampling.types import PlannedSource
@@ -60,6 +62,39 @@ class _Group:
     first_documents: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int32]
     permutation: Permutation
+
+    def read(self, begin: int, end: int, pack_tokens: int, overlong: Overlong) -> tuple[DocumentColumns, int, int]:
+        """The kept documents of ``[begin, end)``; documents and tokens dropped behind the last of them."""
+        if backend.current() == "reference":
+            return self.read_reference(begin, end, pack_tokens, overlong)
+        permutation = (self.permutation.size, self.permutation.base, self.permutation.round_keys)
+        return planning.read_documents(
+            permutation, begin, end, self.lengths, self.first_documents, self.shards, pack_tokens, overlong
+        )
+
+    def read_reference(
+        self, begin: int, end: int, pack_tokens: int, overlong: Overlong
+    ) -> tuple[DocumentColumns, int, int]:
+        """As :meth:`read`, in numpy."""
+        ordinal = np.arange(begin, end, dtype=np.int64)
+        flat = self.permutation.permute_reference(ordinal)
+        length = self.lengths[flat]
+        planned = planned_lengths(length, pack_tokens, overlong)
+        kept = np.flatnonzero(planned)
+        lost_tokens = np.cumsum(np.where(planned == 0, length, 0), dtype=np.int64)
+        last, last_tokens = (int(kept[-1]), int(lost_tokens[kept[-1]])) if kept.size else (-1, 0)
+        flat = flat[kept]
+        which = np.searchsorted(self.first_documents, flat, side="right") - 1
+        columns = (
+            ordinal[kept],
+            self.shards[which].astype(np.int32),
+            flat - self.first_documents[which],
+            length[kept],
+            planned[kept],
+            np.diff(kept, prepend=-1) - 1,
+            np.diff(lost_tokens[kept], prepend=0),
+        )
+        return columns, end - begin - 1 - last, int(lost_tokens[-1]) - last_tokens
 
 
 class SourceOrder:
@@ -112,32 +147,24 @@ class SourceOrder:
         self, loaded: _Group, begin: int, end: int, dropped_before: int, dropped_tokens_before: int
     ) -> tuple[DocumentChunk | None, int, int]:
         """The kept documents of ``[begin, end)`` of a group (None if there is none), documents and tokens dropped."""
-        ordinal = np.arange(begin, end, dtype=np.int64)
-        flat = loaded.permutation(ordinal)
-        length = loaded.lengths[flat]
-        planned = planned_lengths(length, self._pack_tokens, self._overlong)
-        kept = np.flatnonzero(planned)
-        lost_tokens = np.cumsum(np.where(planned == 0, length, 0), dtype=np.int64)
-        if not kept.size:
-            return None, end - begin, int(lost_tokens[-1])
-        flat = flat[kept]
-        which = np.searchsorted(loaded.first_documents, flat, side="right") - 1
-        dropped = np.diff(kept, prepend=-1) - 1
-        dropped_tokens = np.diff(lost_tokens[kept], prepend=0)
+        columns, rest, rest_tokens = loaded.read(begin, end, self._pack_tokens, self._overlong)
+        ordinal, shard, document, length, planned, dropped, dropped_tokens = columns
+        if not ordinal.size:
+            return None, rest, rest_tokens
         dropped[0] += dropped_before
         dropped_tokens[0] += dropped_tokens_before
         chunk = DocumentChunk(
             epoch=loaded.epoch,
             group=loaded.group,
-            ordinal=ordinal[kept],
-            shard=loaded.shards[which].astype(np.int32),
-            document=flat - loaded.first_documents[which],
-            length=length[kept],
-            planned=planned[kept],
+            ordinal=ordinal,
+            shard=shard,
+            document=document,
+            length=length,
+            planned=planned,
             dropped=dropped,
             dropped_tokens=dropped_tokens,
         )
-        return chunk, 0, 0
+        return chunk, 0, 0  # what is dropped behind its last document is read again with the next chunk
 
     def _load(self, epoch: int, group: int) -> _Group:
         if self._loaded is None or (self._loaded.epoch, self._loaded.group) != (epoch, group):

@@ -14,6 +14,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from dsft.ops import backend, planning
+
 Overlong = Literal["split", "truncate", "drop"]
 
 
@@ -50,6 +52,8 @@ def split_documents(
     Returns:
         (document int64: row in ``planned``, start int64: first token, length int32) per piece, in document order.
     """
+    if not planned.size or int(planned.max()) <= pack_tokens:
+        return np.arange(len(planned), dtype=np.int64), np.zeros(len(planned), dtype=np.int64), planned
     counts = -(-planned.astype(np.int64) // pack_tokens)
     document = np.repeat(np.arange(len(planned), dtype=np.int64), counts)
     number = np.arange(len(document), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -62,7 +66,17 @@ def best_fit_decreasing(lengths: npt.NDArray[np.int32], pack_tokens: int) -> Pac
     """Pack pieces of ``lengths`` (each in [1, pack_tokens]).
 
     Ties: pieces of equal length in the order given; of packs with equal free space, the one that got to it last.
-    Packs are numbered in the order they are opened. A run of pieces of one length is placed at once: the pack that
+    Packs are numbered in the order they are opened.
+    """
+    if backend.current() == "native":
+        return Packing(*planning.best_fit_decreasing(lengths, pack_tokens))
+    return best_fit_decreasing_reference(lengths, pack_tokens)
+
+
+def best_fit_decreasing_reference(lengths: npt.NDArray[np.int32], pack_tokens: int) -> Packing:
+    """Arguments and result: :func:`best_fit_decreasing`.
+
+    A run of pieces of one length is placed at once: the pack that
     took one stays the tightest fit until it is too full, so it takes as many as it can.
     """
     order = np.argsort(-lengths.astype(np.int64), kind="stable")

@@ -15,6 +15,8 @@ from math import isqrt
 import numpy as np
 import numpy.typing as npt
 
+from dsft.ops import backend, planning
+
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
@@ -51,16 +53,25 @@ class Permutation:
     Args:
         size: 0 <= size < 2**62.
         key: 64-bit key, see :func:`stream_key` and :func:`derive_key`.
+
+    Attributes:
+        base: number of digits of the pairs; round_keys: uint64[6].
     """
 
     def __init__(self, size: int, key: int) -> None:
         assert 0 <= size < 2**62, size
         self.size = size
-        self._base = np.uint64(isqrt(max(size - 1, 0)) + 1)
-        self._round_keys = [np.uint64(derive_key(key, number)) for number in range(_NUM_ROUNDS)]
+        self.base = isqrt(max(size - 1, 0)) + 1
+        self.round_keys = np.array([derive_key(key, number) for number in range(_NUM_ROUNDS)], dtype=np.uint64)
 
     def __call__(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where each of ``positions`` (int64, in ``[0, size)``) goes: int64 of the same shape."""
+        """Where each of ``positions`` (int64[N], in ``[0, size)``) goes: int64[N]."""
+        if backend.current() == "native":
+            return planning.permute(self.size, self.base, self.round_keys, positions)
+        return self.permute_reference(positions)
+
+    def permute_reference(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """As :meth:`__call__`, in numpy."""
         values = self._network(positions.astype(np.uint64))
         while (outside := np.flatnonzero(values >= np.uint64(self.size))).size:
             values[outside] = self._network(values[outside])
@@ -68,11 +79,12 @@ class Permutation:
 
     def _network(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         half = np.uint64(32)
-        left, right = np.divmod(values, self._base)
-        for round_key in self._round_keys:
+        base = np.uint64(self.base)
+        left, right = np.divmod(values, base)
+        for round_key in self.round_keys:
             # The high half of the hash, scaled to [0, base) by a multiplication instead of a division.
-            shift = ((mix64(right ^ round_key) >> half) * self._base) >> half
+            shift = ((mix64(right ^ round_key) >> half) * base) >> half
             left += shift
-            left -= self._base * (left >= self._base)
+            left -= base * (left >= base)
             left, right = right, left
-        return left * self._base + right
+        return left * base + right

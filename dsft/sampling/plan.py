@@ -63,8 +63,10 @@ class _Window(NamedTuple):
     def num_packs(self) -> int:
         return len(self.offsets) - 1
 
-    def pack(self, number: int) -> Pieces:
-        return self.pieces.take(slice(int(self.offsets[number]), int(self.offsets[number + 1])))
+    def packs(self, begin: int, end: int) -> tuple[Pieces, list[Pieces]]:
+        """Pieces of the packs ``[begin, end)``, and these packs one by one."""
+        bounds = self.offsets[begin : end + 1].tolist()
+        return self.pieces.take(slice(bounds[0], bounds[-1])), _cut(self.pieces, bounds)
 
     def tokens_trained(self, packs_used: int) -> int:
         return self.cursor.tokens_drawn + int(self.tokens_before_pack[packs_used])
@@ -142,6 +144,7 @@ class Planner:
             CheckpointError: the cursor does not fit these sources.
         """
         packs: list[Pieces] = []
+        parts: list[Pieces] = []  # the same pieces, in one part a window
         stage, ends_stage = cursor.stage, False
         trained = 0
         after = cursor
@@ -153,15 +156,17 @@ class Planner:
                         return
                     stage, ends_stage = window.cursor.stage, False
                 taken = min(self._global_batch_packs - len(packs), window.num_packs - used)
-                packs.extend(window.pack(number) for number in range(used, used + taken))
+                part, part_packs = window.packs(used, used + taken)
+                parts.append(part)
+                packs.extend(part_packs)
                 used += taken
                 ends_stage |= window.ends_stage and used == window.num_packs
                 trained, after = window.tokens_trained(used), window.cursor_at(used)
                 if len(packs) == self._global_batch_packs:
-                    yield _step(packs, after, trained, stage, ends_stage)
-                    packs = []
+                    yield _step(packs, parts, after, trained, stage, ends_stage)
+                    packs, parts = [], []
         if packs:
-            yield _step(packs, after, trained, stage, ends_stage)
+            yield _step(packs, parts, after, trained, stage, ends_stage)
 
     def _is_shortened(self, window: _Window, packs_used: int) -> bool:
         """Training was made shorter since this half-used window was planned, and its new end is reached."""
@@ -222,8 +227,8 @@ class Planner:
 
     def _next_cursor(self, cursor: Cursor, documents: DrawnDocuments, positions: tuple[SourcePosition, ...]) -> Cursor:
         tokens_drawn = cursor.tokens_drawn + documents.num_tokens
-        drawn = np.zeros(len(self._orders), dtype=np.int64)
-        np.add.at(drawn, documents.source, documents.planned)
+        # Sums of a window's tokens are far below 2^53, so exact in float64.
+        drawn = np.bincount(documents.source, weights=documents.planned, minlength=len(self._orders)).astype(np.int64)
         stage = cursor.stage
         stage_tokens_drawn = np.array(cursor.stage_tokens_drawn, dtype=np.int64) + drawn
         while (end := self._stage_end(stage)) is not None and tokens_drawn >= end:
@@ -269,29 +274,41 @@ def plan_once(lengths: Sequence[npt.NDArray[np.int32]], pack_tokens: int) -> lis
     row, start, length = split_documents(documents.planned, pack_tokens)
     packing = best_fit_decreasing(length, pack_tokens)
     pieces = _make_pieces(documents, row, start, length, packing.pieces)
-    bounds = packing.offsets.tolist()
-    return [pieces.take(slice(begin, end)) for begin, end in pairwise(bounds)]
+    return _cut(pieces, packing.offsets.tolist())
 
 
 def hash_packs(packs: Sequence[Pieces]) -> int:
     """63-bit hash of packs and of the order version. Equal on every machine (columns hashed as little-endian)."""
+    return _hash_parts([len(pack.length) for pack in packs], packs)
+
+
+def _hash_parts(pack_sizes: list[int], parts: Sequence[Pieces]) -> int:
+    """Hash of packs of so many pieces each; their pieces may come in any parts."""
     state = hashlib.blake2b(digest_size=8)
-    state.update(np.array([ORDER_VERSION, *(len(pack.length) for pack in packs)], dtype="<i8").tobytes())
+    state.update(np.array([ORDER_VERSION, *pack_sizes], dtype="<i8").tobytes())
     for name in ("source", "shard", "document", "start", "length", "epoch"):
-        state.update(np.concatenate([getattr(pack, name) for pack in packs]).astype("<i8").tobytes())
+        for part in parts:
+            state.update(getattr(part, name).astype("<i8").tobytes())
     return int.from_bytes(state.digest(), "little") >> 1
 
 
-def _step(packs: list[Pieces], after: Cursor, tokens_trained: int, stage: int, ends_stage: bool) -> StepPlan:
+def _step(
+    packs: list[Pieces], parts: list[Pieces], after: Cursor, tokens_trained: int, stage: int, ends_stage: bool
+) -> StepPlan:
     return StepPlan(
         packs=tuple(packs),
         cursor_after=after,
-        num_tokens=sum(int(pack.length.sum(dtype=np.int64)) for pack in packs),
+        num_tokens=sum(int(part.length.sum(dtype=np.int64)) for part in parts),
         tokens_trained=tokens_trained,
         stage=stage,
         ends_stage=ends_stage,
-        plan_hash=hash_packs(packs),
+        plan_hash=_hash_parts([len(pack.length) for pack in packs], parts),
     )
+
+
+def _cut(pieces: Pieces, bounds: list[int]) -> list[Pieces]:
+    """``pieces[bounds[i]:bounds[i + 1]]`` for each i."""
+    return [pieces.take(slice(begin, end)) for begin, end in pairwise(bounds)]
 
 
 def _make_pieces(
@@ -301,14 +318,14 @@ def _make_pieces(
     length: npt.NDArray[np.int32],
     order: npt.NDArray[np.int64],
 ) -> Pieces:
-    row = row[order]
+    row = row.take(order)
     return Pieces(
-        source=documents.source[row],
-        shard=documents.shard[row],
-        document=documents.document[row],
-        start=start[order],
-        length=length[order],
-        epoch=documents.epoch[row],
+        source=documents.source.take(row),
+        shard=documents.shard.take(row),
+        document=documents.document.take(row),
+        start=start.take(order),
+        length=length.take(order),
+        epoch=documents.epoch.take(row),
     )
 
 
@@ -319,22 +336,31 @@ def _add_to_stats(
     pack_tokens: int,
     overlong: Overlong,
 ) -> tuple[SourceStats, ...]:
-    added = []
-    for number, (entry, position) in enumerate(zip(stats, positions, strict=True)):
-        rows = documents.source == number
-        cut = documents.length[rows].astype(np.int64) - documents.planned[rows]
-        num_split = int((documents.planned[rows] > pack_tokens).sum()) if overlong == "split" else 0
-        added.append(
-            SourceStats(
-                name=entry.name,
-                epoch=position.epoch,
-                num_documents=entry.num_documents + int(rows.sum()),
-                num_tokens=entry.num_tokens + int(documents.planned[rows].sum(dtype=np.int64)),
-                num_split=entry.num_split + num_split,
-                num_truncated=entry.num_truncated + int((cut > 0).sum()),
-                truncated_tokens=entry.truncated_tokens + int(cut.sum()),
-                num_dropped=entry.num_dropped + int(documents.dropped[rows].sum()),
-                dropped_tokens=entry.dropped_tokens + int(documents.dropped_tokens[rows].sum()),
-            )
+    """``stats`` with a window's documents added. The sums are far below 2^53, so exact in float64."""
+
+    def by_source(values: npt.NDArray[np.generic]) -> list[int]:
+        if not values.any():
+            return [0] * len(stats)
+        sums = np.bincount(documents.source, weights=values, minlength=len(stats))
+        return [int(total) for total in sums]
+
+    num_documents = np.bincount(documents.source, minlength=len(stats)).tolist()
+    num_tokens = by_source(documents.planned)
+    num_split = by_source((documents.planned > pack_tokens) & (overlong == "split"))
+    cut = documents.length - documents.planned
+    num_truncated, truncated_tokens = by_source(cut > 0), by_source(cut)
+    num_dropped, dropped_tokens = by_source(documents.dropped), by_source(documents.dropped_tokens)
+    return tuple(
+        SourceStats(
+            name=entry.name,
+            epoch=position.epoch,
+            num_documents=entry.num_documents + num_documents[number],
+            num_tokens=entry.num_tokens + num_tokens[number],
+            num_split=entry.num_split + num_split[number],
+            num_truncated=entry.num_truncated + num_truncated[number],
+            truncated_tokens=entry.truncated_tokens + truncated_tokens[number],
+            num_dropped=entry.num_dropped + num_dropped[number],
+            dropped_tokens=entry.dropped_tokens + dropped_tokens[number],
         )
-    return tuple(added)
+        for number, (entry, position) in enumerate(zip(stats, positions, strict=True))
+    )
