@@ -48,8 +48,11 @@ class RunFolder:
         """True on rank 0, which holds the lock and alone writes the state."""
         return self._descriptor is not None
 
-    def write_state(self, status: RunStatus, step: int, **more: Any) -> None:
+    def write_state(self, status: RunStatus, step: int | None, **more: Any) -> None:
         """Write ``run_state.json`` atomically on rank 0; does nothing on the others.
+
+        Args:
+            step: optimizer steps done; None: it failed before that was known.
 
         Raises:
             SaveError: it could not be written.

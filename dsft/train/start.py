@@ -17,7 +17,7 @@ from dsft.config.deepspeed import build_deepspeed_config
 from dsft.config.load import config_differences, config_to_json
 from dsft.config.models import RunConfig
 from dsft.constants import EXIT_OK, EXIT_STOPPED_EARLY
-from dsft.errors import DsftError
+from dsft.errors import SaveError
 from dsft.evaluate.overfit import OverfitWatch
 from dsft.evaluate.run import HeldOutSet
 from dsft.fsio import write_json
@@ -32,6 +32,7 @@ from dsft.model.load import resolved_commit
 from dsft.model.probe import prove
 from dsft.ops.backend import choose as choose_kernels
 from dsft.train import setup
+from dsft.train.agreement import check_same_configuration, check_same_stores
 from dsft.train.attempts import Attempt, append_attempt
 from dsft.train.dry_run import describe, dry_run
 from dsft.train.evaluation import EvaluationPlan
@@ -62,6 +63,10 @@ class Options:
     allow_data_change: bool = False
     dry_run: bool = False
     profile_steps: range = range(0)
+
+    def to_json(self) -> dict[str, Any]:
+        """What must be alike on all ranks."""
+        return {"resume": self.resume, "allow_data_change": self.allow_data_change, "dry_run": self.dry_run}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +113,30 @@ def start(config: RunConfig, options: Options, *, local_rank_argument: int | Non
     phases.done("op_build_seconds")
     groups = dist.init(world, device_type)
     phases.done("process_group_seconds")
+    check_same_configuration(
+        groups, {"config": config_to_json(config), "deepspeed": deepspeed_config, "options": options.to_json()}
+    )
     folder = take_run_folder(Path(config.run.dir), groups)
+    state: TrainState | None = None
     try:
         with StopFlag() as stop:
-            return _run(config, options, Rank(groups, device_type, deepspeed_config, folder, stop, phases))
-    except DsftError as error:
-        folder.write_state("failed", step=-1, error=str(error))
+            ready = _set_up(config, options, Rank(groups, device_type, deepspeed_config, folder, stop, phases))
+            if ready is None:
+                return EXIT_OK
+            run, state = ready
+            return _train(run, state, folder)
+    except BaseException as error:
+        if not options.dry_run:
+            _write_failure(folder, None if state is None else state.step, error)
         raise
     finally:
         folder.release()
 
 
-def _run(config: RunConfig, options: Options, rank: Rank) -> int:
-    config = pin_revision(config, rank.folder.path / "config.json")
+def _set_up(config: RunConfig, options: Options, rank: Rank) -> tuple[Run, TrainState] | None:
+    """Build the run; None after a dry run, which ends here."""
+    with rank.groups.together():
+        config = pin_revision(config, rank.folder.path / "config.json")
     data, weights = _agreed_data(config, rank.groups)
     rank.phases.done("prepare_seconds")
     engine, hf_config = setup.build_engine(config, data, rank.groups, weights, rank.deepspeed_config, rank.device_type)
@@ -131,19 +147,35 @@ def _run(config: RunConfig, options: Options, rank: Rank) -> int:
         result = dry_run(config, data, rank.groups, engine, cost)
         logger.info("%s", describe(result))
         rank.groups.close()
-        return EXIT_OK
+        return None
     run, state = build_run(config, options, data, rank, engine, hf_config, cost)
     rank.phases.done("resume_and_probe_seconds")
-    if rank.groups.rank == 0:
-        write_json(rank.folder.path / "config.json", config_to_json(config))
-        write_json(rank.folder.path / "start.json", rank.phases.seconds)
-    rank.folder.write_state("running", state.step)
-    outcome = train(run, state)
-    run.recorder.close()
-    run.loader.close()
-    rank.folder.write_state("stopped" if outcome == "stopped" else "finished", state.step, outcome=outcome)
-    rank.groups.close()
+    with rank.groups.together():
+        if rank.folder.is_owner:
+            write_json(rank.folder.path / "config.json", config_to_json(config))
+            write_json(rank.folder.path / "start.json", rank.phases.seconds)
+        rank.folder.write_state("running", state.step)
+    return run, state
+
+
+def _train(run: Run, state: TrainState, folder: RunFolder) -> int:
+    try:
+        outcome = train(run, state)
+    finally:
+        run.recorder.close()
+        run.loader.close()
+    with run.groups.together():
+        folder.write_state("stopped" if outcome == "stopped" else "finished", state.step, outcome=outcome)
+    run.groups.close()
     return EXIT_STOPPED_EARLY if outcome == "stopped" else EXIT_OK
+
+
+def _write_failure(folder: RunFolder, step: int | None, error: BaseException) -> None:
+    """Say in ``run_state.json`` that the run is over; if even that fails, the first error is still the one to raise."""
+    try:
+        folder.write_state("failed", step, error=str(error) or type(error).__name__)
+    except SaveError as second:
+        logger.error("%s", second)
 
 
 def pin_revision(config: RunConfig, saved: Path) -> RunConfig:
@@ -163,14 +195,11 @@ def with_revision(config: RunConfig, revision: str | None) -> RunConfig:
 
 def _agreed_data(config: RunConfig, groups: dist.Groups) -> tuple[setup.Data, str | None]:
     """Tokenizer and stores; an error on one rank (a bad record in its shard) ends all of them with its message."""
-    error: DsftError | None = None
-    try:
+    with groups.together():
         weights = setup.model_folder(config)
         tokenizer = setup.open_tokenizer(config, weights)
         data = setup.open_data(config, tokenizer, worker=groups.rank, num_workers=groups.size)
-    except DsftError as caught:
-        error = caught
-    groups.agree(error)
+    check_same_stores(groups, (*data.stores, *data.held_out))
     return data, weights
 
 
