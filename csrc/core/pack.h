@@ -4,13 +4,7 @@
 // on: row i of the piece predicts token i + 1, so the last row needs the first token of the next piece.
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define DSFT_HD __host__ __device__
-#else
-#define DSFT_HD
-#endif
+#include "portable.h"
 
 namespace dsft {
 

@@ -2,7 +2,7 @@
 // pack_sequences_reference in dsft/ops/reference.py.
 #include "../core/pack.h"
 
-#define DSFT_EXPORT extern "C" __attribute__((visibility("default")))
+#include "export.h"
 
 // Checks the input. Returns a dsft::PackError; *where is the piece it is about, *num_rows the supervised rows.
 DSFT_EXPORT int32_t dsft_pack_sequences_check(int64_t num_tokens, const int64_t* piece_offsets,

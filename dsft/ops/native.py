@@ -8,7 +8,7 @@ from functools import lru_cache
 from dsft.errors import KernelError
 from dsft.ops.build import build_cpu_library
 
-_POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
+_POINTER, _INT64, _INT32, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
 
 
 @lru_cache(maxsize=1)
@@ -33,4 +33,8 @@ def load_cpu_library() -> ctypes.CDLL:
     pack = library.dsft_pack_sequences
     pack.restype = None
     pack.argtypes = [*[_POINTER] * 3, _INT64, *[_POINTER] * 3, _INT64, _INT64, *[_POINTER] * 7]
+    rows = library.dsft_cross_entropy_rows
+    rows.restype = _INT32
+    rows.argtypes = [_INT32, _POINTER, *[_INT64] * 3, *[_POINTER] * 2, *[_DOUBLE] * 4, _INT32, *[_POINTER] * 5]
+    rows.argtypes += [_INT64, _POINTER]
     return library

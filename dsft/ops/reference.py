@@ -82,3 +82,67 @@ def _check_offsets(offsets: list[int], total: int, code: int) -> None:
     for piece, (first, end) in enumerate(pairwise(offsets)):
         if end < first:
             raise pack_error(code, piece)
+
+
+IGNORED_TARGET = -100
+"""Target of a row that has no loss."""
+
+CrossEntropyRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""What ``masked_cross_entropy_rows_`` returns: loss, nll, log_normaliser, entropy, correct."""
+
+
+def target_error(row: int, target: int, vocab: int) -> KernelError:
+    """The error of a target that is no column of the logits."""
+    return KernelError(
+        f"masked_cross_entropy_rows_: row {row} has target {target}, but the logits have {vocab} columns. The tokens "
+        "were made with a larger vocabulary than the model's: use the model's own tokenizer."
+    )
+
+
+def masked_cross_entropy_rows_reference(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    row_weight: torch.Tensor,
+    scale: float,
+    soft_cap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    with_gradient: bool,
+) -> CrossEntropyRows:
+    """Loss of each row and its gradient in place. Arguments, results and errors: ``masked_cross_entropy_rows_``."""
+    vocab = logits.shape[1]
+    masked = targets == IGNORED_TARGET
+    if logits.device.type == "cpu":
+        for row in torch.nonzero(~masked & ((targets < 0) | (targets >= vocab)))[:1, 0].tolist():
+            raise target_error(row, int(targets[row]), vocab)
+    column = targets.masked_fill(masked, 0).unsqueeze(1)
+    values = logits if logits.dtype == row_weight.dtype else logits.to(row_weight.dtype)
+    if scale != 1.0:
+        values.mul_(scale)
+    slope = None
+    if soft_cap is not None:
+        values.div_(soft_cap)
+        slope = 1.0 - torch.tanh(values) ** 2 if with_gradient else None
+        values.tanh_().mul_(soft_cap)
+    log_normaliser = torch.logsumexp(values, dim=1)
+    log_normaliser.masked_fill_(log_normaliser == torch.inf, torch.nan)  # as log_softmax has it
+    target_logit = values.gather(1, column).squeeze(1)
+    nll = log_normaliser - target_logit
+    loss = nll + z_loss * log_normaliser**2
+    if label_smoothing > 0:
+        loss += label_smoothing * (target_logit - values.mean(1))
+    first_largest = torch.where(values == values.amax(1, keepdim=True), 1.0, 0.0).argmax(1)
+    correct = (first_largest == targets) & ~nll.isnan()
+    values.sub_(log_normaliser.unsqueeze(1)).exp_()  # probabilities
+    entropy = torch.special.entr(values).sum(1)
+    if with_gradient:
+        values.mul_((1.0 + 2.0 * z_loss * log_normaliser).unsqueeze(1)).sub_(label_smoothing / vocab)
+        values.scatter_add_(1, column, torch.full_like(column, label_smoothing - 1.0, dtype=values.dtype))
+        values.mul_((row_weight * scale).unsqueeze(1))
+        if slope is not None:
+            values.mul_(slope)
+        values.masked_fill_((masked | (row_weight == 0)).unsqueeze(1), 0.0)
+        if values is not logits:
+            logits.copy_(values)
+    results = (result.masked_fill_(masked, 0) for result in (loss, nll, log_normaliser, entropy, correct))
+    return tuple(results)  # type: ignore[return-value]
