@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ import torch
 from dsft.batch.collate import BatchSpec
 from dsft.batch.loader import Loader
 from dsft.config.models import EvaluationSetSection, RunConfig, SourceSection
-from dsft.corpus.chat import ChatMarker
 from dsft.corpus.chat import ChatMarker
 from dsft.corpus.prepare import prepare_sources
 from dsft.corpus.progress import ProgressLines
