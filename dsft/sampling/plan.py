@@ -49,7 +49,7 @@ class SourceStats:
     dropped_tokens: int = 0
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
     """A planned window: its packs, and the cursors before and after it."""
 
     cursor: Cursor
@@ -148,7 +148,7 @@ class Planner:
         stage, ends_stage = cursor.stage, False
         trained = 0
         after = cursor
-        for window in self._windows(cursor):
+        for window in self.windows(cursor):
             used = window.cursor.pack
             while used < window.num_packs:
                 if not packs:
@@ -168,13 +168,14 @@ class Planner:
         if packs:
             yield _step(packs, parts, after, trained, stage, ends_stage)
 
-    def _is_shortened(self, window: _Window, packs_used: int) -> bool:
+    def _is_shortened(self, window: Window, packs_used: int) -> bool:
         """Training was made shorter since this half-used window was planned, and its new end is reached."""
         if self._train_tokens is None or window.cursor.window_end_tokens == self._train_tokens:
             return False
         return window.tokens_trained(packs_used) >= self._train_tokens
 
-    def _windows(self, cursor: Cursor) -> Iterator[_Window]:
+    def windows(self, cursor: Cursor) -> Iterator[Window]:
+        """The windows that the steps from ``cursor`` on are taken from. Errors as :meth:`steps`."""
         if len(cursor.sources) != len(self._orders) or cursor.stage >= len(self._stages):
             raise CheckpointError(
                 f"the checkpoint's data position is of {len(cursor.sources)} sources and stage {cursor.stage}, but the "
@@ -195,7 +196,7 @@ class Planner:
             yield window
             cursor = window.next_cursor
 
-    def _plan_window(self, mixture: Mixture, cursor: Cursor) -> _Window:
+    def _plan_window(self, mixture: Mixture, cursor: Cursor) -> Window:
         stage = self._stages[cursor.stage]
         limits = [cursor.tokens_drawn + self._window_tokens, self._stage_end(cursor.stage), cursor.window_end_tokens]
         documents = mixture.draw(
@@ -212,7 +213,7 @@ class Planner:
         tokens_before_piece = np.concatenate(([0], np.cumsum(pieces.length, dtype=np.int64)))
         next_cursor = self._next_cursor(cursor, documents, mixture.positions)
         self._stats = _add_to_stats(self._stats, documents, mixture.positions, self._pack_tokens, self._overlong)
-        return _Window(
+        return Window(
             cursor=cursor,
             next_cursor=next_cursor,
             ends_stage=next_cursor.stage != cursor.stage
