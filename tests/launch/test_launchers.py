@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -21,9 +20,9 @@ from tests.support.ranks import free_port
 from tests.support.slurm import PROGRAMS, slurm_cluster
 from tests.support.tiny_run import NUM_STEPS, losses, records, write_tiny_run
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
 
-LIMIT_SECONDS = 240.0
+LIMIT_SECONDS = 300.0
 BIN = Path(sys.executable).parent
 DSFT = ["-m", "dsft", "train", "run.yaml"]
 PORT = "<a free port>"
@@ -150,8 +149,7 @@ def test_one_signalled_rank_stops_all_before_the_same_step_and_a_resume_goes_on(
     log = runs.folder / "resumed.log"
     words = command("torchrun", run_dir, "--resume", "auto")
     assert exit_code(words, log, runs.environ(), LIMIT_SECONDS) == 0, log.read_text()
-    resumed, uninterrupted = losses_without_the_stop(run_dir, steps[-1]), runs.finish("torchrun")
-    assert resumed == uninterrupted  # to the bit
+    assert losses(run_dir) == runs.finish("torchrun")  # to the bit
 
 
 def wait_until_it_trains(run_dir: Path, ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -164,15 +162,7 @@ def wait_until_it_trains(run_dir: Path, ranks: list[subprocess.Popen[bytes]]) ->
 
 def a_second_run_is_refused(runs: Runs, run_dir: Path, owner: int) -> None:
     log = runs.folder / "second.log"
-    before = (run_dir / "metrics.jsonl").read_bytes()
     assert exit_code(command("alone", run_dir), log, runs.environ(), LIMIT_SECONDS) == 2
     assert f"is owned by another live run: process {owner} on " in log.read_text()
     assert "Traceback" not in log.read_text()
-    assert (run_dir / "metrics.jsonl").read_bytes() == before
-
-
-def losses_without_the_stop(run_dir: Path, stopped_step: int) -> list[float]:
-    """As ``losses``, less the held-out loss that was measured when the run stopped."""
-    found: dict[int, Any] = {record["step"]: record["loss"] for record in records(run_dir, "evaluation")}
-    assert sorted(found) == [stopped_step, NUM_STEPS]
-    return [*losses(run_dir)[:NUM_STEPS], found[NUM_STEPS]]
+    assert json.loads((run_dir / "owner.lock").read_text())["pid"] == owner  # still
