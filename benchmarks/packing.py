@@ -102,7 +102,10 @@ def measure_whole_list(lengths: npt.NDArray[np.int32], pack_tokens: int) -> dict
 
 
 def measure_trl(lengths: npt.NDArray[np.int32], pack_tokens: int) -> dict[str, float] | str:
-    """TRL's best-fit-decreasing packer over the same lengths, whole list in one batch. It moves the token ids too (zeros here)."""
+    """TRL's best-fit-decreasing packer over the same lengths, whole list in one batch.
+
+    It moves the token ids too, which are zeros here.
+    """
     if importlib.util.find_spec("trl") is None:
         return "not installed"
     import datasets
