@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dsft.sampling.types import Cursor
     from dsft.train.saving import Saver
 
+HYPER_PARAMETERS = ("betas", "eps", "weight_decay")
 MODEL_KEYS = ("model.path", "model.revision", "model.config", "model.dtype", "train.freeze")
 
 
@@ -30,11 +31,12 @@ def find_checkpoint(resume: str | None, checkpoints: Path, groups: Groups) -> Pa
         ConfigError: none was asked for, but the run folder has checkpoints: a fresh start would mix two runs.
     """
     if resume is None:
-        existing = newest(checkpoints)
-        if existing is not None:
+        existing = newest(checkpoints) if groups.rank == 0 else None
+        name = groups.broadcast_object(None if existing is None else existing.name)
+        if name is not None:
             raise ConfigError(
-                f"{checkpoints} already holds {existing.name}. Give --resume auto to go on from it, or another run.dir "
-                "for a fresh start."
+                f"{checkpoints} already holds {name}. Give --resume auto to go on from it, or another run.dir for a "
+                "fresh start."
             )
         return None
     if resume == "auto":
@@ -98,10 +100,27 @@ def restore(
     checkpoint = find_checkpoint(resume, saver.folder, groups)
     if checkpoint is None:
         return TrainState(cursor=start), None
-    saved = load_state(checkpoint)
-    for line in check_state(saved, saver.identity, allow_data_change=allow_data_change):
+    with groups.together():
+        saved = load_state(checkpoint)
+        changes = check_state(saved, saver.identity, allow_data_change=allow_data_change)
+        state = state_from_json(saved["train"])
+    for line in changes:
         recorder.warn(f"changed since the checkpoint: {line}")
-    load_engine(engine, checkpoint)
-    state = state_from_json(saved["train"])
+    _load_engine(engine, checkpoint)
+    if checkpoint.resolve().parent == saver.folder.resolve():
+        saver.saved_step = state.step
     recorder.write("resume", {"step": state.step, "path": str(checkpoint), "from_attempt": saved["attempt"]})
     return state, Origin(checkpoint, saved["attempt"])
+
+
+def _load_engine(engine: Any, checkpoint: Path) -> None:
+    """Load weights and optimizer state; the hyper-parameters stay those of this start.
+
+    DeepSpeed's loading would put back the saved ones, and what the user has changed would be ignored in silence.
+    """
+    optimizer = engine.optimizer
+    ours = [{key: group[key] for key in HYPER_PARAMETERS} for group in optimizer.param_groups]
+    load_engine(engine, checkpoint)
+    for group, values in zip(optimizer.param_groups, ours, strict=True):
+        group.update(values)
+    optimizer.clip_grad = engine.gradient_clipping()

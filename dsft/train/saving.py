@@ -32,6 +32,7 @@ class Saver:
             can be exported without the run.
         attempt: id of this start of the run.
         identity: what a resume compares: resolved configuration, store fingerprints, world size.
+        saved_step: step of the last checkpoint of this start, or of the one it went on from.
     """
 
     section: CheckpointSection
@@ -39,7 +40,7 @@ class Saver:
     model_folder: Path
     attempt: str
     identity: dict[str, Any]
-    _last_step: int = -1
+    saved_step: int | None = None
 
     def due(self, state: TrainState) -> bool:
         """Whether the step that was just taken ends an interval."""
@@ -52,15 +53,15 @@ class Saver:
         Raises:
             SaveError: it could not be written; the older checkpoints stand.
         """
-        if state.step == self._last_step:
+        if state.step == self.saved_step:
             return
         started = time.perf_counter()
-        run.step_log.sync()
 
         def write_payload(staging: Path) -> Sequence[WrittenFile]:
-            files = save_engine(run.engine, staging)
+            files = save_engine(run.engine, staging)  # collective: what one rank does alone, and may fail, comes after
             if run.groups.rank == 0:
                 shutil.copytree(self.model_folder, staging / "model")
+                run.step_log.sync()
             return files
 
         checkpoint = save(
@@ -73,7 +74,7 @@ class Saver:
             state={**self.identity, "attempt": self.attempt, "versions": versions(), "train": state.to_json()},
             keep_last=self.section.keep_last,
         )
-        self._last_step = state.step
+        self.saved_step = state.step
         seconds = time.perf_counter() - started
         run.step_log.exclude(seconds)
         run.recorder.write("checkpoint", {"step": state.step, "path": str(checkpoint), "seconds": seconds})
