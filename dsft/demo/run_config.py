@@ -8,7 +8,7 @@ from pathlib import Path
 from dsft import fsio
 from dsft.demo.tokenizer import VOCAB_TOKENS
 
-STAGES = (("raw-text", 600_000), ("mixed", 900_000), ("instructions", 1_200_000))
+STAGES = (("raw-text", 500_000), ("mixed", 800_000), ("instructions", 1_200_000))
 """Name of each stage, and the number of document tokens at which it ends."""
 TEXT_SET = "held-out-text"
 PAIRS_SET = "held-out-pairs"
@@ -21,11 +21,11 @@ model:
   config:  # a Llama from scratch; `path:` instead of `config:` starts from a model on disk or on the hub
     model_type: llama
     vocab_size: {vocab_tokens}
-    hidden_size: 128
-    intermediate_size: 352
-    num_hidden_layers: 4
-    num_attention_heads: 4
-    num_key_value_heads: 4
+    hidden_size: 192
+    intermediate_size: 512
+    num_hidden_layers: 2
+    num_attention_heads: 6
+    num_key_value_heads: 6
     max_position_embeddings: 1024
     initializer_range: 0.06
     tie_word_embeddings: true
@@ -49,6 +49,7 @@ data:
 train:
   tokens: {until[2]}
   global_batch_packs: 4
+  micro_batch_packs: 2
   lr: 4.0e-3
   schedule: {{kind: warmup_stable_decay, warmup_tokens: {warmup}, decay_tokens: {decay}, min_lr_ratio: 0.05}}
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsft.demo.answers import Answered, Scores
+from dsft.demo.answers import NUM_SHUFFLES, Answered, Scores
 from dsft.demo.run_config import PAIRS_SET, STAGES, TEXT_SET
 from dsft.errors import TrainingError
 
@@ -106,9 +106,9 @@ def judge(measured: Sequence[Measured], bigram_bits_per_byte: float, scores: Sco
             after.response_loss < before.response_loss,
         ),
         Claim(
-            f"answer F1 ({scores.f1:.3f}) above that of the same answers in every one of 20 shuffles "
-            f"(highest {scores.shuffled_f1_max:.3f}; among questions of one kind {scores.same_kind_f1_max:.3f})",
-            scores.f1 > max(scores.shuffled_f1_max, scores.same_kind_f1_max),
+            f"answer F1 after the last stage ({scores.f1:.3f}) above that of the same answers in each of {NUM_SHUFFLES} "
+            f"shuffles (highest {scores.shuffled_f1_max:.3f})",
+            scores.f1 > scores.shuffled_f1_max,
         ),
     )
 

@@ -40,9 +40,8 @@ def test_the_last_stage_must_lower_the_response_loss() -> None:
     assert failed((*GOOD[:3], replace(GOOD[3], response_loss=4.0))) == [3]
 
 
-def test_answers_must_beat_both_controls() -> None:
+def test_answers_must_beat_every_shuffle() -> None:
     assert failed(GOOD, replace(SCORES, shuffled_f1_max=0.5)) == [4]
-    assert failed(GOOD, replace(SCORES, same_kind_f1_max=0.5)) == [4]
 
 
 def write_metrics(path: Path, num_evaluations: int) -> None:
