@@ -106,8 +106,8 @@ def judge(measured: Sequence[Measured], bigram_bits_per_byte: float, scores: Sco
             after.response_loss < before.response_loss,
         ),
         Claim(
-            f"answer F1 after the last stage ({scores.f1:.3f}) above that of the same answers in each of {NUM_SHUFFLES} "
-            f"shuffles (highest {scores.shuffled_f1_max:.3f})",
+            f"answer F1 after the last stage ({scores.f1:.3f}) above that of the same answers in each of "
+            f"{NUM_SHUFFLES} shuffles (highest {scores.shuffled_f1_max:.3f})",
             scores.f1 > scores.shuffled_f1_max,
         ),
     )
