@@ -38,7 +38,7 @@ class Run:
     profiler: Profiler
     seed: int
     salt: int
-    num_sources: int
+    source_names: tuple[str, ...]
     log_every_steps: int
     max_steps: int | None
     max_skipped_steps: int
@@ -53,6 +53,7 @@ def train(run: Run, state: TrainState) -> str:
     batches = run.loader.steps(state.cursor)
     outcome = "finished"
     run.evaluation.at_start(run, state)
+    run.step_log.begin()
     proposal = _propose_next(run, batches)
     while run.max_steps is None or state.step < run.max_steps:
         agreed = agree(run.groups, proposal)
@@ -69,7 +70,7 @@ def train(run: Run, state: TrainState) -> str:
                 agreed,
                 lr=lr,
                 num_ranks=run.groups.world.size,
-                num_sources=run.num_sources,
+                num_sources=len(run.source_names),
                 seed=run.seed,
                 step=state.step,
             )
@@ -126,16 +127,18 @@ def _check_finite(run: Run, state: TrainState, batch: StepBatch, result: StepRes
     if state.num_skipped_in_row >= run.max_skipped_steps:
         documents = sorted(
             {
-                f"{int(source)}/{int(shard)}/{int(document)}"
+                f"{run.source_names[source]}/{shard}/{document}"
                 for pack in batch.plan.packs
-                for source, shard, document in zip(pack.source, pack.shard, pack.document, strict=True)
+                for source, shard, document in zip(
+                    pack.source.tolist(), pack.shard.tolist(), pack.document.tolist(), strict=True
+                )
             }
         )
         raise TrainingError(
             f"{state.num_skipped_in_row} steps in a row had a loss or gradient that is not finite; the last is step "
-            f"{state.step}. Its documents (source/shard/document): {', '.join(documents[:50])}"
-            f"{' and more' if len(documents) > 50 else ''}. Lower train.lr, look at these documents with "
-            "`dsft data preview`, or resume from the last checkpoint."
+            f"{state.step}. Its documents (source/shard/number in the shard, from 0): {', '.join(documents[:50])}"
+            f"{' and more' if len(documents) > 50 else ''}. Lower train.lr and resume from the last checkpoint, or "
+            "look at these documents: the manifest.json of a source's token store names the raw file of each shard."
         )
 
 

@@ -20,6 +20,7 @@ from dsft.corpus.progress import ProgressLines
 from dsft.corpus.tokenizer import Tokenizer, load_tokenizer
 from dsft.dist import DeviceType, Groups
 from dsft.export.resolve import is_dsft_folder, weights_folder
+from dsft.fsio import save_error
 from dsft.model.flops import ModelCost
 from dsft.model.load import load_model
 from dsft.model.packed import PackedCausalLM
@@ -221,13 +222,19 @@ def write_model_folder(folder: Path, hf_config: Any, tokenizer: Tokenizer, model
 
     Generation stops at the end of a document and, where the chat template has one, at the token that ends a turn: the
     model learns to write that one after an answer.
+
+    Raises:
+        SaveError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    hf_config.save_pretrained(folder)
     generation = copy.deepcopy(model.hf.generation_config)
     generation.eos_token_id, generation.pad_token_id = stop_ids(tokenizer), tokenizer.pad_id
-    generation.save_pretrained(folder)
-    tokenizer.hf.save_pretrained(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        hf_config.save_pretrained(folder)
+        generation.save_pretrained(folder)
+        tokenizer.hf.save_pretrained(folder)
+    except OSError as error:
+        raise save_error(folder, error) from error
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:

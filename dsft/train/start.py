@@ -218,16 +218,6 @@ def build_run(
     }
     saver = Saver(config.checkpoint, folder.path / "checkpoints", folder.path / "model", folder.attempt, identity)
     tokens = setup.train_tokens(config, data.stores)
-    console = Console(config.train.steps, tokens) if is_main else None
-    recorder = Recorder(folder.path, config.log.sinks, is_main=is_main, console=console)
-    state, origin = restore(
-        options.resume, saver, engine, groups, recorder, planner.start(), allow_data_change=options.allow_data_change
-    )
-    prove(engine.module, engine.device)
-    if is_main:
-        attempt = Attempt.of(folder.attempt, state.step, origin, identity, data.stores)
-        append_attempt(folder.path, attempt)
-        setup.write_model_folder(folder.path / "model", hf_config, data.tokenizer, engine.module)
     throughput = Throughput(
         cost.flops_per_token,
         cost.flops_per_token_pair,
@@ -236,6 +226,20 @@ def build_run(
         dtype=config.model.dtype,
         num_ranks=groups.size,
     )
+    with groups.together():  # rank 0 opens its files
+        console = Console(config.train.steps, tokens) if is_main else None
+        recorder = Recorder(folder.path, config.log.sinks, is_main=is_main, console=console)
+        log_dir = folder.path if is_main else None
+        step_log = StepLog(groups, names, throughput, log_dir, folder.attempt, engine.device)
+    state, origin = restore(
+        options.resume, saver, engine, groups, recorder, planner.start(), allow_data_change=options.allow_data_change
+    )
+    prove(engine.module, engine.device)
+    with groups.together():
+        if is_main:
+            attempt = Attempt.of(folder.attempt, state.step, origin, identity, data.stores)
+            append_attempt(folder.path, attempt)
+            setup.write_model_folder(folder.path / "model", hf_config, data.tokenizer, engine.module)
     run = Run(
         engine=engine,
         groups=groups,
@@ -244,12 +248,12 @@ def build_run(
         saver=saver,
         evaluation=_evaluation(config, data, state),
         recorder=recorder,
-        step_log=StepLog(groups, names, throughput, folder.path if is_main else None, folder.attempt, engine.device),
+        step_log=step_log,
         stop=rank.stop,
         profiler=Profiler(options.profile_steps, folder.path / "profile", groups.rank),
         seed=config.run.seed,
         salt=_salt(identity),
-        num_sources=len(names),
+        source_names=names,
         log_every_steps=config.log.every_steps,
         max_steps=config.train.steps,
         max_skipped_steps=config.train.max_skipped_steps,

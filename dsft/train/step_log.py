@@ -58,6 +58,10 @@ class StepLog:
         self._device = device
         self._clear()
 
+    def begin(self) -> None:
+        """Training begins now: what came before (loading, an evaluation) is not counted."""
+        self._clear()
+
     @property
     def is_empty(self) -> bool:
         """No step was added since the last record."""
