@@ -7,11 +7,12 @@ as JSON and floats as the bits of an int64, never as pickles. The model's own co
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -205,9 +206,10 @@ def init(world: World, device_type: DeviceType) -> Groups:
         device = torch.device("cpu")
     deepspeed = importlib.import_module("deepspeed")
     try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device_type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
-        )
+        with without_prints():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device_type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+            )
         return control_group(world, device)
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
@@ -216,6 +218,13 @@ def init(world: World, device_type: DeviceType) -> Groups:
             "reachable from every node, that no other run uses the port (set MASTER_PORT), and, with several network "
             "cards, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
         ) from error
+
+
+@contextmanager
+def without_prints() -> Iterator[None]:
+    """Around calls in which DeepSpeed tells of its progress with print; its errors are exceptions or go to stderr."""
+    with redirect_stdout(io.StringIO()):
+        yield
 
 
 def control_group(world: World, device: torch.device) -> Groups:

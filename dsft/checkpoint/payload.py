@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft.checkpoint.manifest import WrittenFile
+from dsft.dist import without_prints
 from dsft.errors import CheckpointError, SaveError
 from dsft.fsio import HashedFile, fsync_file, hash_file, save_error, write_json
 
@@ -77,7 +78,8 @@ def load_engine(engine: Any, checkpoint: Path) -> None:
                 "the checkpoint's weights alone (model.path)."
             )
     try:
-        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=True)
+        with without_prints():
+            loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=True)
     except (RuntimeError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{checkpoint} does not fit this model or its optimizer: {str(error).strip() or type(error).__name__}. "

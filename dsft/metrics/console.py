@@ -5,13 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 
 def set_up_logging(*, is_main: bool, who: str) -> None:
-    """Rank 0 says everything from INFO up; another rank only warnings, with its name in front."""
+    """Rank 0 says everything from INFO up; another rank only warnings, with its name in front.
+
+    One kind of warning is left out on all: torch 2.13 has new names for collectives that DeepSpeed 0.19 calls by their
+    old ones, so every kind of collective would warn once a rank, of something that no user can change.
+    """
+    warnings.filterwarnings(
+        "ignore",
+        message=r"`torch\.distributed\.\w+` is deprecated",
+        category=FutureWarning,
+        module=r"torch\.distributed\.c10d_logger",
+    )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if is_main else f"[{who}] %(message)s"))
     root = logging.getLogger("dsft")
@@ -32,6 +43,7 @@ class Console:
         self._total_tokens = total_tokens
         self._progress: Any = None
         self._task: Any = None
+        self._is_shown = False
         if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -46,15 +58,17 @@ class Console:
                 transient=True,
             )
             self._task = self._progress.add_task("training", total=total_steps or total_tokens)
-            self._progress.start()
 
     def show(self, kind: str, record: dict[str, Any]) -> None:
         """Show one record as it fits its kind."""
         if kind == "step" and self._progress is not None:
+            if not self._is_shown:  # not before: what fails at the start must find the terminal as it was
+                self._progress.start()
+                self._is_shown = True
             done = record["step"] if self._total_steps else record["tokens_trained"]
             self._progress.update(self._task, completed=done, description=_step_line(record, self._share(record)))
             return
-        line = {"step": _step_line, "evaluation": _evaluation_line}.get(kind, _plain_line)(record, self._share(record))
+        line = _LINES.get(kind, _plain_line)(record, self._share(record))
         if self._progress is not None:
             self._progress.console.print(line, highlight=False, markup=False)
         else:
@@ -66,7 +80,7 @@ class Console:
 
     def close(self) -> None:
         """Take the progress bar away."""
-        if self._progress is not None:
+        if self._is_shown:
             self._progress.stop()
 
 
@@ -92,5 +106,21 @@ def _evaluation_line(record: dict[str, Any], share: str) -> str:
     return " | ".join(parts)
 
 
+def _checkpoint_line(record: dict[str, Any], share: str) -> str:
+    return f"step {record['step']} saved in {record['seconds']:.1f} s: {record['path']}"
+
+
+def _resume_line(record: dict[str, Any], share: str) -> str:
+    return f"going on after step {record['step']}: {record['path']}"
+
+
 def _plain_line(record: dict[str, Any], share: str) -> str:
     return ", ".join(f"{key} {value}" for key, value in record.items())
+
+
+_LINES = {
+    "step": _step_line,
+    "evaluation": _evaluation_line,
+    "checkpoint": _checkpoint_line,
+    "resume": _resume_line,
+}

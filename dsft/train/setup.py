@@ -18,7 +18,7 @@ from dsft.corpus.chat import ChatMarker
 from dsft.corpus.prepare import prepare_sources
 from dsft.corpus.progress import ProgressLines
 from dsft.corpus.tokenizer import Tokenizer, load_tokenizer
-from dsft.dist import DeviceType, Groups
+from dsft.dist import DeviceType, Groups, without_prints
 from dsft.export.resolve import is_dsft_folder, weights_folder
 from dsft.fsio import save_error
 from dsft.model.flops import ModelCost
@@ -202,7 +202,8 @@ def build_engine(
         offloaded=is_offloaded(deepspeed_config),
         device_type=device_type,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    with without_prints():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     return engine, model.hf.config
 
 
