@@ -143,6 +143,31 @@ class SourceOrder:
                 return chunk
             ordinal, dropped, dropped_tokens = end, dropped + lost, dropped_tokens + lost_tokens
 
+    def shards_of_group(self, epoch: int, group: int) -> npt.NDArray[np.int64]:
+        """Numbers of the shards of a group, in the epoch's order."""
+        begin = group * self._group_shards
+        end = min(begin + self._group_shards, self._source.num_shards)
+        permutation = Permutation(self._source.num_shards, derive_key(self._shard_key, epoch))
+        return permutation(np.arange(begin, end, dtype=np.int64))
+
+    def documents_at(
+        self, epoch: int, group: int, ordinals: npt.NDArray[np.int64], num_documents: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Which documents stand at some places of a group, from the shards' counts alone: no length is read.
+
+        Args:
+            ordinals: int64[N], places in the shuffled group, below its number of documents.
+            num_documents: int64[num_shards], documents of every shard of the source.
+
+        Returns:
+            (shard, document) int64[N]; documents that the overlong policy drops are among them.
+        """
+        shards = self.shards_of_group(epoch, group)
+        ends = np.cumsum(num_documents[shards])
+        flat = self._document_permutation(epoch, group, int(ends[-1]))(ordinals)
+        which = np.searchsorted(ends, flat, side="right")
+        return shards[which], flat - (ends - num_documents[shards])[which]
+
     def _chunk(
         self, loaded: _Group, begin: int, end: int, dropped_before: int, dropped_tokens_before: int
     ) -> tuple[DocumentChunk | None, int, int]:
@@ -168,10 +193,7 @@ class SourceOrder:
 
     def _load(self, epoch: int, group: int) -> _Group:
         if self._loaded is None or (self._loaded.epoch, self._loaded.group) != (epoch, group):
-            begin = group * self._group_shards
-            end = min(begin + self._group_shards, self._source.num_shards)
-            permutation = Permutation(self._source.num_shards, derive_key(self._shard_key, epoch))
-            shards = permutation(np.arange(begin, end, dtype=np.int64))
+            shards = self.shards_of_group(epoch, group)
             lengths = [np.asarray(self._source.lengths(int(shard)), dtype=np.int32) for shard in shards]
             counts = np.array([len(column) for column in lengths], dtype=np.int64)
             self._loaded = _Group(
@@ -180,9 +202,12 @@ class SourceOrder:
                 shards=shards,
                 first_documents=np.cumsum(counts) - counts,
                 lengths=np.concatenate(lengths),
-                permutation=Permutation(int(counts.sum()), derive_key(self._document_key, epoch, group)),
+                permutation=self._document_permutation(epoch, group, int(counts.sum())),
             )
         return self._loaded
+
+    def _document_permutation(self, epoch: int, group: int, num_documents: int) -> Permutation:
+        return Permutation(num_documents, derive_key(self._document_key, epoch, group))
 
     def _no_document_error(self, dropped: int) -> DataError:
         if dropped == 0:

@@ -125,3 +125,19 @@ def test_a_source_without_documents_is_an_error(shards: list[npt.NDArray[np.int3
 def test_packs_too_short_for_every_document_are_an_error(position: tuple[int, int, int]) -> None:
     with pytest.raises(DataError, match=r"pack_tokens = 2 .*overlong = drop"):
         make_order([np.full(30, 3, np.int32)] * 4, overlong="drop", pack_tokens=2).read(*position)
+
+
+def test_documents_are_found_from_counts_alone() -> None:
+    lengths = make_order()
+    counts_only = SourceOrder(
+        PlannedSource("s", len(SHARD_DOCUMENTS), lambda shard: pytest.fail("a length was read")),
+        seed=1,
+        group_shards=3,
+        pack_tokens=100,
+        overlong="split",
+    )
+    for chunk in read_epochs(lengths, 3):
+        counts = np.array(SHARD_DOCUMENTS, dtype=np.int64)
+        shard, document = counts_only.documents_at(chunk.epoch, chunk.group, chunk.ordinal, counts)
+        assert np.array_equal(shard, chunk.shard)
+        assert np.array_equal(document, chunk.document)
