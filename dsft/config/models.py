@@ -6,6 +6,7 @@ nearest known key). Lengths in tokens end in ``_tokens``, durations in ``_second
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
@@ -73,6 +74,28 @@ class ModelSection(Section):
         return self
 
 
+RecordFormat = Literal["text", "messages", "prompt_completion", "alpaca", "sharegpt"]
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "text": (),
+    "messages": ("messages", "tools", "role", "content"),
+    "prompt_completion": ("prompt", "completion", "system", "tools"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "sharegpt": ("conversations", "system", "tools", "from", "value"),
+}
+"""Fields of each format that ``columns`` may give another name."""
+
+
+def check_columns(record_format: str, columns: Mapping[str, str]) -> None:
+    """Raise ValueError for a field that the format does not have, or two fields with one name."""
+    known = COLUMNS[record_format]
+    for name in columns:
+        if name not in known:
+            fields = f"its fields are {', '.join(known)}" if known else "name its field with text_field"
+            raise ValueError(f"columns: the format {record_format} has no field {name!r}; {fields}")
+    if len(set(columns.values())) < len(columns):
+        raise ValueError(f"columns: two fields are read from one column: {sorted(columns.values())}")
+
+
 class SourceSection(Section):
     """One source of training documents."""
 
@@ -80,15 +103,22 @@ class SourceSection(Section):
     path: str | Items[str]
     """File, folder, glob, or a list of them: .jsonl .jsonl.gz .jsonl.zst .parquet .txt .arrow, or a folder that
     ``datasets.save_to_disk`` wrote."""
-    format: Literal["text", "messages", "prompt_completion"] = "text"
+    format: RecordFormat = "text"
     objective: Literal["next_token"] = "next_token"
     text_field: str = "text"
+    columns: dict[str, str] = Field(default_factory=dict)
+    """The format's field -> the data's name for it, where they differ: ``{prompt: question, completion: answer}``."""
     weight: NonNegativeFloat = 1.0
     """Share of the tokens drawn, relative to the other sources; 0 means not drawn."""
     loss_weight: NonNegativeFloat = 1.0
     """Factor on this source's rows in the loss; 0 means never supervised."""
     supervise: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Which part of a conversation is learned. Raw text is always learned whole."""
+
+    @model_validator(mode="after")
+    def _known_columns(self) -> SourceSection:
+        check_columns(self.format, self.columns)
+        return self
 
 
 class StageSection(Section):
@@ -208,8 +238,10 @@ class EvaluationSetSection(Section):
 
     name: Name
     path: str | Items[str]
-    format: Literal["text", "messages", "prompt_completion"] = "text"
+    format: RecordFormat = "text"
     text_field: str = "text"
+    columns: dict[str, str] = Field(default_factory=dict)
+    """As for a source."""
     supervise: Literal["assistant", "last_assistant", "all"] = "assistant"
     source: str | None = None
     """The training source this set is held out from; its training loss is shown beside the held-out loss."""
@@ -217,6 +249,11 @@ class EvaluationSetSection(Section):
     generate: Annotated[int, Field(ge=0)] = 0
     """Number of prompts answered greedily for exact match and token F1 (instruction formats only)."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
+
+    @model_validator(mode="after")
+    def _known_columns(self) -> EvaluationSetSection:
+        check_columns(self.format, self.columns)
+        return self
 
 
 class EarlyStopSection(Section):

@@ -48,6 +48,14 @@ class ControlTokens:
         """Ids of the control tokens in ``template_text``, in order."""
         return [self._id_of[text] for text in self._pattern.findall(template_text)]
 
+    def spelled_in(self, text: str) -> list[str]:
+        """The control tokens that a text spells, in order."""
+        return self._pattern.findall(text)
+
+    def removed_from(self, template_text: str) -> str:
+        """Text that a chat template wrote, without its control tokens."""
+        return self._pattern.sub("", template_text)
+
     def renamed_backend(self, backend: Backend) -> Backend:
         """The copy: same ids, same rules, private spellings; no truncation, padding or post-processing."""
         definition: dict[str, Any] = json.loads(backend.to_str())

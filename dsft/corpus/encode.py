@@ -11,7 +11,8 @@ from tokenizers import Encoding
 
 from dsft.corpus.chat import ChatMarker, MarkedText, Region, Supervise, mark_completion
 from dsft.corpus.control_tokens import has_private_spelling, has_reserved_character
-from dsft.corpus.formats import BadRecord, Completion, Conversation, Sample, Text
+from dsft.corpus.samples import BadRecord, Completion, Conversation, Sample, Text
+from dsft.corpus.structure import structure_of
 from dsft.corpus.tokenizer import Tokenizer
 from dsft.store.types import Document
 
@@ -153,6 +154,8 @@ def _refuse_private_spelling(sample: Sample) -> None:
     elif isinstance(sample, Completion):
         found = has_private_spelling(sample.prompt + sample.completion)
     else:
-        found = any(has_reserved_character(message.role + message.content) for message in sample.messages)
+        structure = structure_of(sample)
+        written = [structure.tools, *(turn.role + turn.extra for turn in structure.turns)]
+        found = any(map(has_reserved_character, [*written, *(message.content for message in sample.messages)]))
     if found:
         raise BadRecord("the text holds Unicode noncharacters (U+FDD0 to U+FDD5) that dsft keeps for itself")

@@ -119,6 +119,7 @@ def _recipe(section: Section, tokenizer: Tokenizer) -> dict[str, Any]:
         "tokenizer": tokenizer.text_fingerprint if is_text else tokenizer.fingerprint,
         "format": section.format,
         "text_field": section.text_field if is_text else None,
+        "columns": dict(section.columns),
         "supervise": None if is_text else section.supervise,
         "max_documents": section.max_documents if isinstance(section, EvaluationSetSection) else None,
     }
@@ -127,7 +128,8 @@ def _recipe(section: Section, tokenizer: Tokenizer) -> dict[str, Any]:
 def make_encoder(section: Section, tokenizer: Tokenizer) -> Encoder:
     """The encoder of a source. Raises DataError where its conversations have no chat template."""
     marker = None
-    if section.format == "messages" or (section.format == "prompt_completion" and tokenizer.chat_template is not None):
+    plain = section.format == "text" or (section.format == "prompt_completion" and tokenizer.chat_template is None)
+    if not plain:
         try:
             marker = ChatMarker(tokenizer)
         except DataError as error:
@@ -139,7 +141,7 @@ def make_task(section: Section, tokenizer: Tokenizer, bad_records: Literal["erro
     """How the records of a source are read."""
     limit = section.max_documents if isinstance(section, EvaluationSetSection) else None
     has_template = tokenizer.chat_template is not None
-    return ShardTask(section.format, section.text_field, has_template, bad_records, limit)
+    return ShardTask(section.format, section.text_field, has_template, bad_records, limit, section.columns)
 
 
 def _job(section: Section, tokenizer: Tokenizer, store_dir: Path, bad_records: Literal["error", "skip"]) -> _Job:

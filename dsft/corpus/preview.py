@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dsft.corpus.formats import BadRecord
 from dsft.corpus.listing import list_shards
 from dsft.corpus.prepare import Section, make_encoder, make_task
+from dsft.corpus.samples import BadRecord
 from dsft.corpus.shard import dropped_because, read_documents
 from dsft.corpus.tokenizer import Tokenizer
 from dsft.store.types import Document

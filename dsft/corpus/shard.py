@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from dsft.corpus.encode import Encoder
-from dsft.corpus.formats import BadRecord, Completion, Conversation, Format, Sample, Text, parse_record
+from dsft.corpus.formats import Format, parse_record
 from dsft.corpus.listing import RawShard
+from dsft.corpus.samples import BadRecord, Completion, Conversation, Sample, Text
 from dsft.corpus.sources import Record, read_records
 from dsft.errors import DataError
 from dsft.store.layout import token_dtype
@@ -42,7 +43,7 @@ class ShardTask:
     """All that decides a shard's documents, but the tokenizer.
 
     Attributes:
-        record_format, text_field: how records are read.
+        record_format, text_field, columns: how records are read.
         has_chat_template: strings of a prompt_completion record become messages.
         bad_records: ``error`` stops at the first unusable record, ``skip`` counts them.
         max_documents: documents to take at most; None takes all.
@@ -53,6 +54,7 @@ class ShardTask:
     has_chat_template: bool
     bad_records: Literal["error", "skip"]
     max_documents: int | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def prepare_shard(
@@ -138,7 +140,7 @@ def _parse(record: Record, task: ShardTask) -> Sample | BadRecord:
     if isinstance(record.value, BadRecord):
         return record.value
     try:
-        return parse_record(record.value, task.record_format, task.text_field, task.has_chat_template)
+        return parse_record(record.value, task.record_format, task.text_field, task.has_chat_template, task.columns)
     except BadRecord as error:
         return error
 

@@ -11,8 +11,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dsft.corpus.formats import BadRecord
 from dsft.corpus.listing import RawShard
+from dsft.corpus.samples import BadRecord
 from dsft.errors import DataError
 
 _CHUNK_BYTES = 1 << 20

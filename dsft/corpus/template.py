@@ -20,7 +20,7 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
-from dsft.corpus.formats import BadRecord
+from dsft.corpus.samples import BadRecord
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """The day that ``strftime_now`` of a chat template sees (Llama 3's own default date)."""
@@ -57,12 +57,18 @@ class ChatTemplate:
         self._variables = dict(variables)
         self._template = _environment().from_string(source)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> Rendering:
-        """Render messages (each with ``role`` and ``content``)."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> Rendering:
+        """Render messages (each with ``role`` and ``content``) and the schemas of the tools they may use."""
         try:
             text = self._template.render(
                 messages=[dict(message) for message in messages],
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,

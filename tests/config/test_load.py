@@ -201,3 +201,17 @@ def test_differences_of_absent_keys(tmp_path: Path) -> None:
     found = {d.key: (d.old, d.new) for d in config_differences(old, new)}
     assert found["data.stages.0.weights.qa"] == (None, 1.0)
     assert not config_differences(old, old)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("{format: alpaca, columns: {question: q}}", ["has no field 'question'", "instruction, input, output"]),
+        ("{format: text, columns: {text: body}}", ["has no field 'text'", "text_field"]),
+        ("{format: alpaca, columns: {input: q, output: q}}", ["two fields are read from one column"]),
+        ("{format: chat}", ["data.sources.0.format"]),
+    ],
+)
+def test_columns_are_fields_of_the_format(tmp_path: Path, override: str, parts: list[str]) -> None:
+    text = message(write_run_yaml(tmp_path), f"data.sources.0={override[:-1]}, name: a, path: a.jsonl}}")
+    assert all(part in text for part in parts), text

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dsft.corpus.chat import ChatMarker, Supervise
 from dsft.corpus.encode import Encoder
-from dsft.corpus.formats import BadRecord, Completion, Conversation, Message, Text
+from dsft.corpus.samples import BadRecord, Completion, Conversation, Message, Text
 from dsft.corpus.tokenizer import Tokenizer, load_tokenizer
 from dsft.errors import DataError
 from dsft.store.types import Document

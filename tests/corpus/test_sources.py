@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from dsft.corpus.formats import BadRecord
 from dsft.corpus.listing import TEXT_FILES_PER_SHARD, list_shards, listing_fingerprint
+from dsft.corpus.samples import BadRecord
 from dsft.corpus.sources import Record, read_records
 from dsft.errors import DataError
 
