@@ -40,11 +40,26 @@ DSFT_INLINE void load_block(const S* logits, int64_t count, const LossOptions<A>
   }
 }
 
+// Lanes written out: the compiler makes no vector of a maximum over numbers that may be NaN.
+template <typename A>
+DSFT_INLINE A max_of(const A* values, int64_t count) {
+  constexpr int64_t kLanes = 16;
+  A lanes[kLanes], max = A(-INFINITY);
+  for (int64_t l = 0; l < kLanes; ++l) lanes[l] = A(-INFINITY);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = values[i + l] > lanes[l] ? values[i + l] : lanes[l];
+  }
+  for (; i < count; ++i) max = values[i] > max ? values[i] : max;
+  for (int64_t l = 0; l < kLanes; ++l) max = lanes[l] > max ? lanes[l] : max;
+  return max;
+}
+
 template <typename A>
 DSFT_INLINE SoftmaxState<double> block_state(const A* values, int64_t count) {
-  A max = A(-INFINITY), sum = 0, weighted = 0;
-#pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < count; ++i) max = values[i] > max ? values[i] : max;
+  A sum = 0, weighted = 0;
+  const A max = max_of(values, count);
   const A reference = finite_reference(max);
 #pragma omp simd reduction(+ : sum, weighted)
   for (int64_t i = 0; i < count; ++i) {

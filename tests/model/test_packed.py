@@ -31,8 +31,9 @@ MODELS = [
 ]
 EXPERTS = {"mixtral", "qwen3_moe"}
 
-GRADIENT_BOUND = 5e-6
-"""Largest difference of a gradient, relative to that parameter's largest gradient (fp32, two layers)."""
+GRADIENT_BOUND = 1e-5
+"""Largest difference of a gradient, relative to that parameter's largest gradient (fp32, two layers). Each side is up
+to 5e-6 away from fp64 (OPT's key bias, whose gradient is 0 in exact arithmetic)."""
 
 
 def gradient_error(name: str, reference: object, wrapped: PackedCausalLM) -> float:

@@ -296,6 +296,16 @@ def test_rows_apart_in_memory() -> None:
         assert torch.equal(left, right)
 
 
+def test_rows_further_apart_than_32_bits_count() -> None:
+    inputs = case(2, 100, torch.bfloat16)
+    far = torch.empty(2**31 + 200, dtype=torch.bfloat16).as_strided((2, 100), (2**31 + 7, 1))  # pages used: two rows'
+    far.copy_(inputs[0])
+    expected = run(inputs, Options())
+    results = masked_cross_entropy_rows_(far, inputs[1], inputs[2])
+    assert torch.equal(far, expected[1])
+    assert torch.equal(results[0], expected[0][0])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_bitwise_equal_over_ten_runs_and_any_number_of_threads(threads: int) -> None:
     inputs = case(40, 16_411)
