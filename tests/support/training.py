@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +26,9 @@ from dsft.sampling.plan import Planner
 from dsft.sampling.types import Cursor, StepPlan
 from dsft.store.reader import SourceStore
 from dsft.train import setup
-from dsft.train.loop import train
+from dsft.train.loop import Run, train
 from dsft.train.start import Options, Phases, Rank, build_run
+from dsft.train.state import TrainState
 from dsft.train.step_log import DATA_LOG_NAME
 
 
@@ -80,40 +82,71 @@ def run_training(
         relaid: one document a pack.
         resume: checkpoint to go on from.
     """
+    with built_run(groups, run_dir, config, stores, resume=resume) as (run, state, parsed, data):
+        if relaid:
+            planner: Any = OneDocumentPerPack(setup.build_planner(parsed, data))
+            cost = model_cost(run.engine.module.hf.config)
+            loader = setup.build_loader(parsed, data, planner, cost, rank=groups.rank, num_ranks=groups.size)
+            run = replace(run, loader=loader)
+        unsupervised = _count_unsupervised(run.loader, state.cursor, parsed.train.steps or 0)
+        assert train(run, state) == "finished"
+        run.loader.close()
+        groups.barrier()
+        digest = state_digest(run.engine)
+    return Outcome(read_lines(run_dir / METRICS_NAME, "step"), read_lines(run_dir / DATA_LOG_NAME), unsupervised, digest)
+
+
+@contextmanager
+def built_run(
+    groups: Groups,
+    run_dir: Path,
+    config: dict[str, Any],
+    stores: Sequence[Path],
+    *,
+    held_out: Sequence[Path] = (),
+    resume: str | None = None,
+) -> Iterator[tuple[Run, TrainState, RunConfig, setup.Data]]:
+    """A run over prepared stores, ready for ``dsft.train.loop.train``; collective. There is no tokenizer.
+
+    Args:
+        stores, held_out: token stores of the sources and of the held-out sets, in the configuration's order.
+        resume: checkpoint to go on from.
+    """
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)  # as dist.init does
     parsed = RunConfig.model_validate({**config, "run": {"name": "t", "dir": str(run_dir), "seed": 17}})
-    tokenizer = SimpleNamespace(vocab_tokens=1, pad_id=0, hf=SimpleNamespace(save_pretrained=lambda _: None))
-    data = setup.Data(tokenizer, tuple(SourceStore(folder) for folder in stores), ())  # type: ignore[arg-type]
+    hf = SimpleNamespace(save_pretrained=lambda _: None)
+    tokenizer: Any = SimpleNamespace(vocab_tokens=1, pad_id=0, eos_id=2, chat_template=None, hf=hf)
+    data = setup.Data(tokenizer, tuple(map(SourceStore, stores)), tuple(map(SourceStore, held_out)))
     deepspeed_config = build_deepspeed_config(parsed, groups.size, "cpu")
     prepare_deepspeed_ops(needed_ops("cpu", cpu_adam=setup.is_offloaded(deepspeed_config)), "cpu")
     folder = take_run_folder(run_dir, groups)
     rank = Rank(groups, "cpu", deepspeed_config, folder, StopFlag(), Phases())
     engine, hf_config = setup.build_engine(parsed, data, groups, parsed.model.path, deepspeed_config, "cpu")
     run, state = build_run(parsed, Options(resume=resume), data, rank, engine, hf_config, model_cost(hf_config))
-    if relaid:
-        planner: Any = OneDocumentPerPack(setup.build_planner(parsed, data))
-        cost = model_cost(hf_config)
-        loader = setup.build_loader(parsed, data, planner, cost, rank=groups.rank, num_ranks=groups.size)
-        run = replace(run, loader=loader)
-    unsupervised = _count_unsupervised(run.loader, state.cursor, parsed.train.steps or 0)
-    assert train(run, state) == "finished"
-    run.recorder.close()
-    run.loader.close()
-    folder.release()
+    try:
+        yield run, state, parsed, data
+    finally:
+        run.recorder.close()
+        run.loader.close()
+        folder.release()
+        engine.destroy()
     groups.barrier()
-    digest = _state_digest(engine)
-    engine.destroy()
-    return Outcome(_lines(run_dir / METRICS_NAME, "step"), _lines(run_dir / DATA_LOG_NAME), unsupervised, digest)
 
 
-def _state_digest(engine: Any) -> str:
-    """Hash of this rank's ZeRO-3 slices: fp32 weights, and every tensor of the optimizer's state."""
+_PARTITIONS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+"""Where DeepSpeed's optimizers of ZeRO 3, ZeRO 1 and 2, and bf16 under ZeRO 1 keep this rank's fp32 weights."""
+
+
+def state_digest(engine: Any) -> str:
+    """Hash of this rank's part: fp32 weights, and every tensor of the optimizer's state."""
     digest = hashlib.sha256()
-    for partition in engine.optimizer.fp32_partitioned_groups_flat:
+    optimizer = engine.optimizer
+    partitions = next(getattr(optimizer, name) for name in _PARTITIONS if hasattr(optimizer, name))
+    for partition in partitions:
         digest.update(partition.detach().numpy().tobytes())
-        state = engine.optimizer.optimizer.state[partition]
+        state = optimizer.optimizer.state.get(partition, {})
         for name in sorted(state):
             digest.update(f"{name}".encode() + torch.as_tensor(state[name]).numpy().tobytes())
     return digest.hexdigest()
@@ -129,6 +162,7 @@ def _count_unsupervised(loader: Loader, cursor: Cursor, num_steps: int) -> tuple
     return of_packs, of_fillers
 
 
-def _lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The JSON lines of a file, of one kind."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line for line in lines if kind is None or line["kind"] == kind]
