@@ -17,8 +17,10 @@ import torch
 from dsft.batch.hashing import hash_row
 from dsft.batch.types import PackedBatch
 from dsft.ops.pack import pack_sequences
+from dsft.sampling.fim import FimOrder
 from dsft.sampling.types import Pieces
 from dsft.store.reader import SourceStore
+from dsft.store.types import ShardIndex
 
 FILLER_TOKENS = 8
 """Length of the document a rank runs when it has no pack left: short, and long enough for any attention kernel."""
@@ -36,6 +38,7 @@ class BatchSpec:
         pack_tokens: tokens of a pack's place in the row; a row of k packs has ``k * pack_tokens``.
         pad_id: token of padding and fillers.
         truncate_overlong: a document ends after ``pack_tokens`` tokens (data.overlong: truncate).
+        fim: per source, how its documents are rearranged for fill-in-the-middle; None: not. Empty: no source's are.
     """
 
     stores: tuple[SourceStore, ...]
@@ -44,6 +47,7 @@ class BatchSpec:
     pack_tokens: int
     pad_id: int
     truncate_overlong: bool = False
+    fim: tuple[FimOrder | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +163,16 @@ def _read(pieces: Pieces, spec: BatchSpec) -> _Contents:
         source, shard = int(pieces.source[rows[0]]), int(pieces.shard[rows[0]])
         index = spec.stores[source].index(shard)
         documents = pieces.document[rows]
+        fim = spec.fim[source] if spec.fim else None
+        if fim is not None:
+            stored = np.asarray(spec.stores[source].tokens(shard))
+            for row in rows.tolist():
+                ids, learned = _rearranged(fim, index, stored, int(pieces.epoch[row]), shard, int(pieces.document[row]))
+                shard_tokens[row], document_tokens[row], first_token[row] = ids, len(ids), pieces.start[row]
+                span_pieces.append(np.full(len(learned), row))
+                spans.append(learned)
+                span_weights.append(np.ones(len(learned), dtype=np.float32))
+            continue
         document_tokens[rows] = index.lengths[documents]
         first_token[rows] = index.token_offsets[documents] + pieces.start[rows]
         stored = np.asarray(spec.stores[source].tokens(shard))
@@ -192,6 +206,15 @@ def _read(pieces: Pieces, spec: BatchSpec) -> _Contents:
         spans=np.concatenate(spans)[order].astype(np.int64),
         span_weights=np.concatenate(span_weights)[order].astype(np.float64),
     )
+
+
+def _rearranged(
+    order: FimOrder, index: ShardIndex, stored: npt.NDArray[np.generic], epoch: int, shard: int, document: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """A document as its epoch trains on it: tokens and supervised targets."""
+    begin, end = int(index.token_offsets[document]), int(index.token_offsets[document + 1])
+    ids, learned = order.rearrange(epoch, shard, document, stored[begin:end].astype(np.int32))
+    return ids, learned.astype(np.int32)
 
 
 def _supervised(

@@ -96,6 +96,31 @@ def check_columns(record_format: str, columns: Mapping[str, str]) -> None:
         raise ValueError(f"columns: two fields are read from one column: {sorted(columns.values())}")
 
 
+class FillInTheMiddleSection(Section):
+    """Objective of a raw-text source whose documents are rearranged in part (arXiv:2207.14255)."""
+
+    kind: Literal["fim"]
+    rate: UnitInterval = 0.5
+    """Share of the documents that are rearranged; the others are learned as they are."""
+    spm_rate: UnitInterval = 0.5
+    """Share of these in which the suffix comes first (SPM); the others begin with the prefix (PSM)."""
+    prefix: str = "<|fim_prefix|>"
+    """Sentinels: tokens that the tokenizer has, or that model.add_tokens adds."""
+    suffix: str = "<|fim_suffix|>"
+    middle: str = "<|fim_middle|>"
+
+    @property
+    def sentinels(self) -> tuple[str, str, str]:
+        """Prefix, suffix and middle sentinel."""
+        return self.prefix, self.suffix, self.middle
+
+    @model_validator(mode="after")
+    def _distinct(self) -> FillInTheMiddleSection:
+        if len(set(self.sentinels)) < len(self.sentinels):
+            raise ValueError(f"objective: the sentinels must differ, and are {', '.join(self.sentinels)}")
+        return self
+
+
 class SourceSection(Section):
     """One source of training documents."""
 
@@ -104,7 +129,8 @@ class SourceSection(Section):
     """File, folder, glob, or a list of them: .jsonl .jsonl.gz .jsonl.zst .parquet .txt .arrow, or a folder that
     ``datasets.save_to_disk`` wrote."""
     format: RecordFormat = "text"
-    objective: Literal["next_token"] = "next_token"
+    objective: Literal["next_token"] | FillInTheMiddleSection = "next_token"
+    """next_token, or ``{kind: fim, rate: 0.5}``: fill-in-the-middle."""
     text_field: str = "text"
     columns: dict[str, str] = Field(default_factory=dict)
     """The format's field -> the data's name for it, where they differ: ``{prompt: question, completion: answer}``."""
@@ -118,6 +144,12 @@ class SourceSection(Section):
     @model_validator(mode="after")
     def _known_columns(self) -> SourceSection:
         check_columns(self.format, self.columns)
+        return self
+
+    @model_validator(mode="after")
+    def _fim_is_for_text(self) -> SourceSection:
+        if self.objective != "next_token" and self.format != "text":
+            raise ValueError(f"objective: fim rearranges raw text; the format of this source is {self.format}")
         return self
 
 

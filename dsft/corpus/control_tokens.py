@@ -48,6 +48,10 @@ class ControlTokens:
         """Ids of the control tokens in ``template_text``, in order."""
         return [self._id_of[text] for text in self._pattern.findall(template_text)]
 
+    def id_of(self, text: str) -> int:
+        """The id of a control token."""
+        return self._id_of[text]
+
     def spelled_in(self, text: str) -> list[str]:
         """The control tokens that a text spells, in order."""
         return self._pattern.findall(text)

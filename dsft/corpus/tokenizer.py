@@ -80,6 +80,7 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     add_tokens: Sequence[str] = (),
     chat_template: str | None = None,
+    sentinels: Sequence[str] = (),
 ) -> Tokenizer:
     """Load a tokenizer from a Hugging Face folder, a hub name, or a folder with a bare SentencePiece model.
 
@@ -89,10 +90,12 @@ def load_tokenizer(
         trust_remote_code: passed to transformers.
         add_tokens: tokens to add. One that the chat template writes becomes a special token; the others are words.
         chat_template: Jinja file or the name of a built-in template; None keeps the tokenizer's own, if it has one.
+        sentinels: tokens that dsft will put between others; they are control tokens, whatever the tokenizer says.
 
     Raises:
         ModelError: not a tokenizer, one without EOS, or one that the tokenizers library does not back.
-        DataError: the chat template cannot be read, or needs tokens that the tokenizer does not have.
+        DataError: the chat template cannot be read, or needs tokens that the tokenizer does not have;
+            or a sentinel is not one of its tokens.
     """
     hf = _load_hf(path, revision, trust_remote_code)
     template = _own_template(hf, path) if chat_template is None else read_chat_template(chat_template)
@@ -106,8 +109,13 @@ def load_tokenizer(
     special = {
         token.content: token_id
         for token_id, token in hf.added_tokens_decoder.items()
-        if token.special and token.content
+        if (token.special or token.content in sentinels) and token.content
     }
+    if missing := [token for token in sentinels if token not in special]:
+        raise DataError(
+            f"objective fim: the tokenizer {path} has no token {', '.join(missing)}. Name its own sentinels in "
+            f"objective (prefix, suffix, middle), or add these with model.add_tokens: {missing}."
+        )
     control = ControlTokens(special)
     backend = control.renamed_backend(hf.backend_tokenizer)
     prefix, suffix = _affixes(hf, backend, path)
@@ -115,7 +123,7 @@ def load_tokenizer(
         suffix = (*suffix, hf.eos_token_id)
     if chat_template is not None and chat_template in builtin_templates():
         _check_template_tokens(chat_template, template or "", special, path)
-    text_fingerprint = _fingerprint(hf, prefix, suffix)
+    text_fingerprint = _fingerprint(hf, prefix, suffix, sentinels)
     return Tokenizer(
         hf=hf,
         fingerprint=hashlib.sha256(f"{text_fingerprint}\n{template}".encode()).hexdigest()[:32],
@@ -251,9 +259,10 @@ def _check_template_tokens(name: str, template: str, special: dict[str, int], pa
         )
 
 
-def _fingerprint(hf: Any, prefix: tuple[int, ...], suffix: tuple[int, ...]) -> str:
+def _fingerprint(hf: Any, prefix: tuple[int, ...], suffix: tuple[int, ...], sentinels: Sequence[str]) -> str:
     definition = json.loads(hf.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # set by the last call, not part of the tokenizer
         definition.pop(state, None)
     content = [definition, prefix, suffix, hf.eos_token_id, hf.pad_token_id, hf.encode(_PROBE)]
+    content += [sorted(sentinels)] if sentinels else []
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

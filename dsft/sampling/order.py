@@ -32,7 +32,7 @@ class DocumentChunk:
         epoch, group: where all of them lie.
         ordinal: int64, place in the shuffled group.
         shard: int32; document: int64, number inside its shard.
-        length: int32, tokens in the store; planned: int32, tokens after the overlong policy (>= 1).
+        length: int32, tokens (with this epoch's sentinels); planned: int32, tokens after the overlong policy (>= 1).
         dropped: int64, documents the policy dropped since the document before; dropped_tokens: int64, their tokens.
     """
 
@@ -194,7 +194,7 @@ class SourceOrder:
     def _load(self, epoch: int, group: int) -> _Group:
         if self._loaded is None or (self._loaded.epoch, self._loaded.group) != (epoch, group):
             shards = self.shards_of_group(epoch, group)
-            lengths = [np.asarray(self._source.lengths(int(shard)), dtype=np.int32) for shard in shards]
+            lengths = [self._source.lengths_in(epoch, int(shard)) for shard in shards]
             counts = np.array([len(column) for column in lengths], dtype=np.int64)
             self._loaded = _Group(
                 epoch=epoch,

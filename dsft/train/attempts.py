@@ -17,6 +17,7 @@ from typing import Any
 from dsft.checkpoint.discover import load_state, newest
 from dsft.errors import DataError
 from dsft.metrics.json_lines import JsonLines, read_json_lines
+from dsft.sampling.fim import FillInTheMiddle
 from dsft.store.reader import SourceStore
 from dsft.train.step_log import DATA_LOG_NAME
 
@@ -43,6 +44,7 @@ class Attempt:
         world_size: number of ranks.
         config: the resolved configuration, as ``dsft.config.load.config_to_json`` gives it.
         stores: per source, in the configuration's order: its token store's folder and fingerprint.
+        objectives: per source: the fields of its ``FillInTheMiddle``; None: it predicts the next token.
     """
 
     id: str
@@ -52,10 +54,17 @@ class Attempt:
     world_size: int
     config: dict[str, Any]
     stores: tuple[dict[str, str], ...]
+    objectives: tuple[dict[str, Any] | None, ...]
 
     @classmethod
     def of(
-        cls, name: str, step: int, origin: Origin | None, identity: Mapping[str, Any], stores: Sequence[SourceStore]
+        cls,
+        name: str,
+        step: int,
+        origin: Origin | None,
+        identity: Mapping[str, Any],
+        stores: Sequence[SourceStore],
+        objectives: Sequence[FillInTheMiddle | None],
     ) -> Attempt:
         """The attempt ``name`` that begins after ``step`` steps (``identity``: what its checkpoints will carry)."""
         return cls(
@@ -66,6 +75,7 @@ class Attempt:
             world_size=identity["world_size"],
             config=identity["config"],
             stores=tuple({"folder": str(s.folder.absolute()), "fingerprint": s.fingerprint} for s in stores),
+            objectives=tuple(None if objective is None else asdict(objective) for objective in objectives),
         )
 
 

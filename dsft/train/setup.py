@@ -6,14 +6,17 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from dsft.batch.collate import BatchSpec
 from dsft.batch.loader import Loader
-from dsft.config.models import EvaluationSetSection, RunConfig, SourceSection
+from dsft.config.models import EvaluationSetSection, FillInTheMiddleSection, RunConfig, SourceSection
 from dsft.corpus.chat import ChatMarker
 from dsft.corpus.prepare import prepare_sources
 from dsft.corpus.progress import ProgressLines
@@ -26,6 +29,7 @@ from dsft.model.load import load_model
 from dsft.model.packed import PackedCausalLM
 from dsft.model.parameters import freeze, parameter_groups
 from dsft.sampling.balance import pack_cost
+from dsft.sampling.fim import FillInTheMiddle, fim_order
 from dsft.sampling.packing import planned_lengths
 from dsft.sampling.plan import Planner
 from dsft.sampling.types import Pieces, PlannedSource, Stage
@@ -33,6 +37,9 @@ from dsft.store.reader import SourceStore
 from dsft.train.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
+
+Objectives = tuple[FillInTheMiddle | None, ...]
+"""One a source, in the configuration's order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,51 @@ def open_tokenizer(config: RunConfig, folder: str | None) -> Tokenizer:
         section.trust_remote_code,
         section.add_tokens,
         config.data.chat_template,
+        sorted({token for source in config.data.sources for token in _sentinels(source)}),
     )
+
+
+def _sentinels(source: SourceSection) -> tuple[str, ...]:
+    return () if source.objective == "next_token" else source.objective.sentinels
+
+
+def fim_objectives(config: RunConfig, tokenizer: Tokenizer) -> Objectives:
+    """Per source, its fill-in-the-middle objective in token ids; None: it predicts the next token."""
+    return tuple(
+        None if source.objective == "next_token" else _in_ids(source.objective, tokenizer)
+        for source in config.data.sources
+    )
+
+
+def _in_ids(section: FillInTheMiddleSection, tokenizer: Tokenizer) -> FillInTheMiddle:
+    return FillInTheMiddle(
+        rate=section.rate,
+        spm_rate=section.spm_rate,
+        prefix_id=tokenizer.control.id_of(section.prefix),
+        suffix_id=tokenizer.control.id_of(section.suffix),
+        middle_id=tokenizer.control.id_of(section.middle),
+        num_leading=len(tokenizer.prefix_ids),
+        num_trailing=len(tokenizer.suffix_ids),
+    )
+
+
+def planned_sources(
+    config: RunConfig, stores: Sequence[SourceStore], objectives: Objectives
+) -> tuple[PlannedSource, ...]:
+    """The sources as the plan sees them."""
+    return tuple(
+        PlannedSource(
+            source.name,
+            store.num_shards,
+            partial(_lengths, store),
+            None if objective is None else fim_order(objective, config.run.seed, source.name),
+        )
+        for source, store, objective in zip(config.data.sources, stores, objectives, strict=True)
+    )
+
+
+def _lengths(store: SourceStore, shard: int) -> npt.NDArray[np.int32]:
+    return store.index(shard).lengths
 
 
 def store_folder(config: RunConfig) -> Path:
@@ -93,27 +144,32 @@ def open_data(config: RunConfig, tokenizer: Tokenizer, *, worker: int, num_worke
     return Data(tokenizer, tuple(stores[:num_sources]), tuple(stores[num_sources:]))
 
 
-def train_tokens(config: RunConfig, stores: Sequence[SourceStore]) -> int | None:
+def train_tokens(config: RunConfig, sources: Sequence[PlannedSource]) -> int | None:
     """Length of the run in document tokens; None when it is given in steps."""
-    if config.train.epochs is not None:
-        return round(config.train.epochs * _usable_tokens(config, stores[0]))
-    return config.train.tokens
+    if config.train.epochs is None:
+        return config.train.tokens
+    if sources[0].fim is None:
+        return round(config.train.epochs * _pass_tokens(config, sources[0], 0))
+    whole = int(config.train.epochs)  # each pass has sentinels in other documents
+    tokens = sum(_pass_tokens(config, sources[0], epoch) for epoch in range(whole))
+    part = config.train.epochs - whole
+    return tokens + (round(part * _pass_tokens(config, sources[0], whole)) if part else 0)
 
 
-def _usable_tokens(config: RunConfig, store: SourceStore) -> int:
+def _pass_tokens(config: RunConfig, source: PlannedSource, epoch: int) -> int:
     """Tokens of one pass over a source under the overlong policy."""
-    lengths = (store.index(shard).lengths for shard in range(store.num_shards))
+    lengths = (source.lengths_in(epoch, shard) for shard in range(source.num_shards))
     planned = (planned_lengths(column, config.data.pack_tokens, config.data.overlong) for column in lengths)
     return sum(int(column.sum(dtype="int64")) for column in planned)
 
 
 def build_planner(config: RunConfig, data: Data) -> Planner:
     """The plan over the run's sources and stages."""
-    return plan_stores(config, data.stores)
+    return plan_sources(config, planned_sources(config, data.stores, fim_objectives(config, data.tokenizer)))
 
 
-def plan_stores(config: RunConfig, stores: Sequence[SourceStore]) -> Planner:
-    """The plan of a configuration over its sources' token stores."""
+def plan_sources(config: RunConfig, sources: Sequence[PlannedSource]) -> Planner:
+    """The plan of a configuration over its sources."""
     section = config.data
     stages = [
         Stage(
@@ -128,7 +184,7 @@ def plan_stores(config: RunConfig, stores: Sequence[SourceStore]) -> Planner:
     else:
         stages = [Stage("all", None, tuple(source.weight for source in section.sources))]
     return Planner(
-        [_planned(source.name, store) for source, store in zip(section.sources, stores, strict=True)],
+        sources,
         stages,
         seed=config.run.seed,
         pack_tokens=section.pack_tokens,
@@ -137,12 +193,8 @@ def plan_stores(config: RunConfig, stores: Sequence[SourceStore]) -> Planner:
         window_tokens=section.window_tokens,
         group_shards=section.group_shards,
         overlong=section.overlong,
-        train_tokens=train_tokens(config, stores),
+        train_tokens=train_tokens(config, sources),
     )
-
-
-def _planned(name: str, store: SourceStore) -> PlannedSource:
-    return PlannedSource(name, store.num_shards, lambda shard: store.index(shard).lengths)
 
 
 def build_batch_spec(config: RunConfig, data: Data) -> BatchSpec:
@@ -154,6 +206,7 @@ def build_batch_spec(config: RunConfig, data: Data) -> BatchSpec:
         pack_tokens=config.data.pack_tokens,
         pad_id=data.tokenizer.pad_id,
         truncate_overlong=config.data.overlong == "truncate",
+        fim=tuple(s.fim for s in planned_sources(config, data.stores, fim_objectives(config, data.tokenizer))),
     )
 
 

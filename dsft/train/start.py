@@ -217,7 +217,8 @@ def build_run(
         "world_size": groups.size,
     }
     saver = Saver(config.checkpoint, folder.path / "checkpoints", folder.path / "model", folder.attempt, identity)
-    tokens = setup.train_tokens(config, data.stores)
+    objectives = setup.fim_objectives(config, data.tokenizer)
+    tokens = setup.train_tokens(config, setup.planned_sources(config, data.stores, objectives))
     throughput = Throughput(
         cost.flops_per_token,
         cost.flops_per_token_pair,
@@ -237,7 +238,7 @@ def build_run(
     prove(engine.module, engine.device)
     with groups.together():
         if is_main:
-            attempt = Attempt.of(folder.attempt, state.step, origin, identity, data.stores)
+            attempt = Attempt.of(folder.attempt, state.step, origin, identity, data.stores, objectives)
             append_attempt(folder.path, attempt)
             setup.write_model_folder(folder.path / "model", hf_config, data.tokenizer, engine.module)
     run = Run(

@@ -20,12 +20,13 @@ from dsft.batch.collate import join_packs
 from dsft.batch.hashing import HASH_MASK, piece_hashes
 from dsft.config.models import RunConfig
 from dsft.errors import DataError
+from dsft.sampling.fim import FillInTheMiddle, FimOrder
 from dsft.sampling.packing import planned_lengths
-from dsft.sampling.types import Cursor, Pieces, StepPlan
+from dsft.sampling.types import Cursor, Pieces, PlannedSource, StepPlan
 from dsft.sampling.usage import Usage
 from dsft.store.reader import SourceStore, verify_shard
 from dsft.train.attempts import Lineage, Segment, read_lineage
-from dsft.train.setup import plan_stores
+from dsft.train.setup import plan_sources, planned_sources
 
 MOST_PROBLEMS = 20
 """Problems reported one by one."""
@@ -122,13 +123,18 @@ class _Check:
         None where the stores are not the ones of the run, so that there is no plan to go on with.
         """
         config, stores = _open(segment)
+        objectives = tuple(
+            None if values is None else FillInTheMiddle(**values) for values in segment.attempt.objectives
+        )
         changed = _changed_stores(segment, stores)
         if changed:
             self.problems += changed
             return None
-        planner = plan_stores(config, stores)
+        sources = planned_sources(config, stores, objectives)
+        fim = tuple(source.fim for source in sources)
+        planner = plan_sources(config, sources)
         if self.usage is None:
-            self.usage = Usage(_planned(config, stores), tuple(store.num_shards for store in stores))
+            self.usage = Usage(_planned(config, sources), tuple(store.num_shards for store in stores))
             self.source_names = tuple(source.name for source in config.data.sources)
         cursor = planner.start() if cursor is None else cursor
         plans = planner.steps(cursor)
@@ -138,14 +144,21 @@ class _Check:
             if plan is None:
                 self.problems.append(f"steps {step} to {segment.last_step}: the plan ends after step {step - 1}")
                 return None
-            self._step(step, plan, segment, stores)
+            self._step(step, plan, segment, stores, fim)
             cursor = plan.cursor_after
             progress(step, last_step)
         return cursor
 
-    def _step(self, step: int, plan: StepPlan, segment: Segment, stores: Sequence[SourceStore]) -> None:
+    def _step(
+        self,
+        step: int,
+        plan: StepPlan,
+        segment: Segment,
+        stores: Sequence[SourceStore],
+        fim: Sequence[FimOrder | None],
+    ) -> None:
         pieces = join_packs(plan.packs)
-        expected = self.expected[step] = hash_stored(pieces, stores)
+        expected = self.expected[step] = hash_stored(pieces, stores, fim)
         self.tokens += plan.num_tokens
         assert self.usage is not None
         self.problems += [f"step {step}: by its own plan, {repeat}" for repeat in self.usage.add(pieces)]
@@ -218,13 +231,18 @@ class _Check:
         return {name: tuple(epochs) for name, epochs in found.items()}
 
 
-def hash_stored(pieces: Pieces, stores: Sequence[SourceStore]) -> int:
+def hash_stored(pieces: Pieces, stores: Sequence[SourceStore], fim: Sequence[FimOrder | None]) -> int:
     """What ``PackedBatch.data_hash`` of these pieces must be, summed over ranks, from the stores alone."""
     crcs = []
-    columns = (pieces.source, pieces.shard, pieces.document, pieces.start, pieces.length)
-    for source, shard, document, start, length in zip(*(column.tolist() for column in columns), strict=True):
-        begin = int(stores[source].index(shard).token_offsets[document]) + start
-        tokens = np.asarray(stores[source].tokens(shard))[begin : begin + length]
+    columns = (pieces.source, pieces.shard, pieces.document, pieces.start, pieces.length, pieces.epoch)
+    for source, shard, document, start, length, epoch in zip(*(column.tolist() for column in columns), strict=True):
+        offsets, stored = stores[source].index(shard).token_offsets, np.asarray(stores[source].tokens(shard))
+        begin, order = int(offsets[document]), fim[source]
+        if order is None:
+            tokens = stored[begin + start : begin + start + length]
+        else:
+            whole = stored[begin : int(offsets[document + 1])].astype(np.int32)
+            tokens = order.rearrange(epoch, shard, document, whole)[0][start : start + length]
         crcs.append(zlib.crc32(tokens.astype("<i4").data))
     hashes: list[int] = piece_hashes(pieces, np.array(crcs, dtype=np.uint64)).tolist()
     return sum(hashes) & HASH_MASK
@@ -251,9 +269,9 @@ def _changed_stores(segment: Segment, stores: Sequence[SourceStore]) -> list[str
     ]
 
 
-def _planned(config: RunConfig, stores: Sequence[SourceStore]) -> Callable[[int, int, int], npt.NDArray[np.int32]]:
+def _planned(config: RunConfig, sources: Sequence[PlannedSource]) -> Callable[[int, int, int], npt.NDArray[np.int32]]:
     def planned(source: int, epoch: int, shard: int) -> npt.NDArray[np.int32]:
-        return planned_lengths(stores[source].index(shard).lengths, config.data.pack_tokens, config.data.overlong)
+        return planned_lengths(sources[source].lengths_in(epoch, shard), config.data.pack_tokens, config.data.overlong)
 
     return planned
 

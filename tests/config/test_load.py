@@ -210,8 +210,11 @@ def test_differences_of_absent_keys(tmp_path: Path) -> None:
         ("{format: text, columns: {text: body}}", ["has no field 'text'", "text_field"]),
         ("{format: alpaca, columns: {input: q, output: q}}", ["two fields are read from one column"]),
         ("{format: chat}", ["data.sources.0.format"]),
+        ("{format: alpaca, objective: {kind: fim}}", ["fim rearranges raw text", "alpaca"]),
+        ("{objective: {kind: fim, rate: 2}}", ["data.sources.0.objective", "less than or equal to 1, got 2"]),
+        ("{objective: {kind: fim, prefix: a, suffix: a}}", ["the sentinels must differ"]),
     ],
 )
-def test_columns_are_fields_of_the_format(tmp_path: Path, override: str, parts: list[str]) -> None:
+def test_columns_and_objective_fit_the_format(tmp_path: Path, override: str, parts: list[str]) -> None:
     text = message(write_run_yaml(tmp_path), f"data.sources.0={override[:-1]}, name: a, path: a.jsonl}}")
     assert all(part in text for part in parts), text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from dsft.config.load import config_to_json
 from dsft.config.models import RunConfig
 from dsft.fsio import write_json
 from dsft.metrics.json_lines import JsonLines
+from dsft.sampling.fim import FillInTheMiddle
 from dsft.sampling.types import Cursor
 from dsft.store.reader import SourceStore
 from dsft.train.attempts import ATTEMPTS_NAME, Attempt, Origin
-from dsft.train.setup import Data, build_batch_spec, plan_stores
+from dsft.train.setup import Data, build_batch_spec, plan_sources, planned_sources
 from dsft.train.step_log import DATA_LOG_NAME
 
 
@@ -36,6 +37,7 @@ class LoggedRun:
     folder: Path
     stores: Sequence[SourceStore]
     config: dict[str, Any]
+    objectives: tuple[FillInTheMiddle | None, ...] = ()
 
     def __post_init__(self) -> None:
         self.cursors: dict[int, Cursor] = {}
@@ -61,16 +63,19 @@ class LoggedRun:
         config = {**self.config, "train": {**self.config["train"], **train}}
         parsed = RunConfig.model_validate({**config, "run": {"name": "t", "dir": str(self.folder)}})
         data = Data(_NoTokenizer(), tuple(self.stores), ())  # type: ignore[arg-type]
-        planner = plan_stores(parsed, self.stores)
-        spec = build_batch_spec(parsed, data)
+        sources = planned_sources(parsed, self.stores, self.objectives or (None,) * len(self.stores))
+        planner = plan_sources(parsed, sources)
+        spec = replace(build_batch_spec(parsed, data), fim=tuple(source.fim for source in sources))
         loaders = [
             Loader(planner_of, spec, rank=rank, num_ranks=num_ranks, micro_batch_packs=1, cost=lambda pack: 1.0)
-            for rank, planner_of in enumerate(plan_stores(parsed, self.stores) for _ in range(num_ranks))
+            for rank, planner_of in enumerate(plan_sources(parsed, sources) for _ in range(num_ranks))
         ]
         identity = {"config": config_to_json(parsed), "world_size": num_ranks}
         origin = None if after is None else Origin(self.checkpoint(after[1]), after[0])
         step = 0 if after is None else after[1]
-        begun = Attempt.of(name, step, origin, identity, self.stores)
+        begun = Attempt.of(
+            name, step, origin, identity, self.stores, [source.fim and source.fim.objective for source in sources]
+        )
         _append(self.folder / ATTEMPTS_NAME, asdict(begun))
         cursor = planner.start() if after is None else self.cursors[step]
         for batches in zip(*(loader.steps(cursor) for loader in loaders), strict=True):
