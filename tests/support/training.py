@@ -106,7 +106,7 @@ def built_run(
     held_out: Sequence[Path] = (),
     resume: str | None = None,
 ) -> Iterator[tuple[Run, TrainState, RunConfig, setup.Data]]:
-    """A run over prepared stores, ready for ``dsft.train.loop.train``; collective. There is no tokenizer.
+    """A run over prepared stores, ready for ``dsft.train.loop.train``; collective. The tokenizer writes ids as numbers.
 
     Args:
         stores, held_out: token stores of the sources and of the held-out sets, in the configuration's order.
@@ -116,8 +116,15 @@ def built_run(
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)  # as dist.init does
     parsed = RunConfig.model_validate({**config, "run": {"name": "t", "dir": str(run_dir), "seed": 17}})
-    hf = SimpleNamespace(save_pretrained=lambda _: None)
-    tokenizer: Any = SimpleNamespace(vocab_tokens=1, pad_id=0, eos_id=2, chat_template=None, hf=hf)
+    tokenizer: Any = SimpleNamespace(
+        vocab_tokens=1,
+        pad_id=0,
+        eos_id=2,
+        chat_template=None,
+        control=SimpleNamespace(ids=frozenset()),
+        decode=lambda ids: " ".join(map(str, ids)),
+        hf=SimpleNamespace(save_pretrained=lambda _: None),
+    )
     data = setup.Data(tokenizer, tuple(map(SourceStore, stores)), tuple(map(SourceStore, held_out)))
     deepspeed_config = build_deepspeed_config(parsed, groups.size, "cpu")
     prepare_deepspeed_ops(needed_ops("cpu", cpu_adam=setup.is_offloaded(deepspeed_config)), "cpu")

@@ -1,0 +1,170 @@
+"""Evaluation in training: it changes nothing, comes when it is due, and may end the run, on all ranks alike."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import dsft.train.evaluation
+from dsft.checkpoint.discover import newest
+from dsft.dist import Groups
+from dsft.metrics.recorder import METRICS_NAME
+from dsft.store.types import Document
+from dsft.train.loop import train
+from tests.support.ranks import run_ranks
+from tests.support.stores import text_document, write_store
+from tests.support.training import built_run, read_lines, state_digest
+
+pytestmark = [pytest.mark.launch]
+
+VOCAB, PACK_TOKENS, STEP_PACKS, NUM_STEPS = 97, 32, 4, 12
+STEP_TOKENS = PACK_TOKENS * STEP_PACKS
+BORDERS = (4, 9)
+"""Steps at which a stage ends, besides the last step."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with dropout, few training documents (all as long as a pack), and held-out ones of another kind."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    torch.manual_seed(4)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, attention_dropout=0.1, **shape)).save_pretrained(folder / "model")
+    generator = np.random.default_rng(5)
+    for name in ("text", "chat"):
+        ids = generator.integers(3, VOCAB, (8, PACK_TOKENS))
+        write_store(folder / name, [text_document(row.tolist()) for row in ids], name=name, vocab_tokens=VOCAB)
+    held_out = []
+    for length in generator.integers(10, 50, 9).tolist():
+        span = np.array([[length // 2, length]], np.int32)
+        ids = generator.integers(3, VOCAB, length).astype(np.int32)
+        held_out.append(Document(ids, span, np.ones(1, np.float32), num_bytes=length))
+    write_store(folder / "held", held_out, name="held", vocab_tokens=VOCAB)
+    return folder
+
+
+def _config(folder: Path, evaluate: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    borders = [border * STEP_TOKENS for border in (*BORDERS, NUM_STEPS)]
+    weights = [{"text": 1.0}, {"text": 0.5, "chat": 0.5}, {"text": 0.5, "chat": 0.5}]
+    held = {"name": "held", "path": "-", "source": "text", "generate": 3, "max_new_tokens": 4}
+    return {
+        "model": {"path": str(folder / "model"), "dtype": "fp32"},
+        "data": {
+            "pack_tokens": PACK_TOKENS,
+            "sources": [{"name": name, "path": "-"} for name in ("text", "chat")],
+            "stages": [{"until_tokens": b, "weights": w} for b, w in zip(borders, weights, strict=True)],
+        },
+        "train": {
+            "tokens": NUM_STEPS * STEP_TOKENS,
+            "global_batch_packs": STEP_PACKS,
+            "lr": 1e-2,
+            "schedule": {"kind": "constant"},
+        },
+        "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}},
+        "evaluate": {**evaluate, "sets": [held]} if evaluate else {},
+        **changes,
+    }
+
+
+def _train(
+    groups: Groups, folder: Path, name: str, config: dict[str, Any], resume: str | None = None
+) -> tuple[str, int, str, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Outcome, last step, digest of this rank's state, step records and evaluation records."""
+    run_dir = folder / f"{name}-{groups.size}"
+    stores = [folder / "text", folder / "chat"]
+    held_out = [folder / "held"] if config["evaluate"] else []
+    with built_run(groups, run_dir, config, stores, held_out=held_out, resume=resume) as (run, state, _, _):
+        outcome = train(run, state)
+        digest = state_digest(run.engine)
+    path = run_dir / METRICS_NAME
+    return outcome, state.step, digest, read_lines(path, "step"), read_lines(path, "evaluation")
+
+
+def _with_and_without(groups: Groups, folder: Path) -> list[Any]:
+    often = {"every_steps": 5, "at_start": True}
+    cases = {"with": _config(folder, often), "without": _config(folder, {})}
+    return [_train(groups, folder, name, config) for name, config in cases.items()]
+
+
+@pytest.mark.timeout(240)
+def test_evaluation_changes_nothing_and_comes_when_due(folder: Path) -> None:
+    for rank in run_ranks(_with_and_without, 2, folder, timeout_seconds=220):
+        (_, _, digest, steps, evaluations), (_, _, plain_digest, plain_steps, none) = rank
+        assert len(steps) == len(plain_steps) == NUM_STEPS
+        assert [record["loss"] for record in steps] == [record["loss"] for record in plain_steps]
+        assert [record["grad_norm"] for record in steps] == [record["grad_norm"] for record in plain_steps]
+        assert digest == plain_digest
+        assert none == []
+        assert [record["step"] for record in evaluations] == [0, BORDERS[0], 5, BORDERS[1], 10, NUM_STEPS]
+        assert all(record["num_prompts"] == 3 for record in evaluations)
+        # The training loss beside it is that of the steps since the evaluation before.
+        losses = [record["loss_by_source"]["text"] for record in steps]
+        weights = [record["weight_by_source"]["text"] for record in steps]
+        for before, record in pairwise(evaluations):
+            span = slice(before["step"], record["step"])
+            assert record["train_loss"] == pytest.approx(np.average(losses[span], weights=weights[span]), rel=1e-12)
+
+
+def _overfit_in_two_halves(groups: Groups, folder: Path) -> list[Any]:
+    """Stopped between two evaluations and resumed in a fresh run folder, and never stopped."""
+    watch = {"every_steps": 3, "at_stage_ends": False, "early_stop": {"patience": 2}}
+    config = _config(folder, watch, checkpoint={"every_steps": 7, "keep_last": 9}, log={"every_steps": 2})
+    whole = _train(groups, folder, "whole", config)
+    checkpoint = folder / f"whole-{groups.size}" / "checkpoints" / "step-00000007"
+    return [whole, _train(groups, folder, "resumed", config, resume=str(checkpoint))]
+
+
+@pytest.mark.timeout(240)
+def test_early_stop_on_all_ranks_also_after_a_resume(folder: Path) -> None:
+    for rank in run_ranks(_overfit_in_two_halves, 2, folder, timeout_seconds=220):
+        (outcome, step, digest, _, evaluations), (outcome_2, step_2, digest_2, _, evaluations_2) = rank
+        assert (outcome, outcome_2) == ("early_stop", "early_stop")
+        assert step == step_2 < NUM_STEPS
+        assert digest == digest_2
+        later = [record for record in evaluations if record["step"] > 7]
+        assert [record["train_loss"] for record in evaluations_2] == [record["train_loss"] for record in later]
+        assert [record["loss"] for record in evaluations_2] == [record["loss"] for record in later]
+    for name in ("whole", "resumed"):
+        found = newest(folder / f"{name}-2" / "checkpoints")
+        assert found is not None
+        assert found.name == f"step-{step:08d}", "an early stop saves"
+
+
+def _asked_to_stop(groups: Groups, folder: Path) -> tuple[Any, int]:
+    """Rank 1 is asked to stop while the first evaluation runs."""
+    real = dsft.train.evaluation.evaluate_all
+    calls = 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if groups.rank == 1:
+            flags[0].requested = "SIGTERM"
+        return real(*args, **kwargs)
+
+    dsft.train.evaluation.evaluate_all = interrupted
+    config = _config(folder, {"every_steps": 3, "at_stage_ends": False})
+    flags: list[Any] = []
+    try:
+        stores = [folder / "text", folder / "chat"]
+        with built_run(groups, folder / "asked", config, stores, held_out=[folder / "held"]) as (run, state, _, _):
+            flags.append(run.stop)
+            return (train(run, state), state.step), calls
+    finally:
+        dsft.train.evaluation.evaluate_all = real
+
+
+@pytest.mark.timeout(200)
+def test_a_stop_during_an_evaluation_stops_all_ranks_and_saves_without_another_evaluation(folder: Path) -> None:
+    first, second = run_ranks(_asked_to_stop, 2, folder, timeout_seconds=180)
+    # The message of step 4 was on its way already; that of step 5 carries the request.
+    assert first == second == (("stopped", 4), 1)
+    saved = newest(folder / "asked" / "checkpoints")
+    assert saved is not None
+    assert saved.name == "step-00000004"
