@@ -8,7 +8,7 @@ from pathlib import Path
 from dsft import fsio
 from dsft.demo.tokenizer import VOCAB_TOKENS
 
-STAGES = (("raw-text", 500_000), ("mixed", 800_000), ("instructions", 1_200_000))
+STAGES = (("raw-text", 400_000), ("mixed", 600_000), ("instructions", 950_000))
 """Name of each stage, and the number of document tokens at which it ends."""
 TEXT_SET = "held-out-text"
 PAIRS_SET = "held-out-pairs"
@@ -44,7 +44,7 @@ data:
   stages:
     - {{name: raw-text, until_tokens: {until[0]}, weights: {{library: 1.0, questions: 0.0}}}}
     - {{name: mixed, until_tokens: {until[1]}, weights: {{library: 0.5, questions: 0.5}}}}
-    - {{name: instructions, until_tokens: {until[2]}, weights: {{library: 0.0, questions: 1.0}}}}
+    - {{name: instructions, until_tokens: {until[2]}, weights: {{library: 0.25, questions: 0.75}}}}
 
 train:
   tokens: {until[2]}
@@ -71,7 +71,7 @@ evaluate:
     - {{name: {text_set}, path: {held_out_text}, format: text, source: library}}
     - {{name: {pairs_set}, path: {held_out_pairs}, format: messages, source: questions}}
 
-log: {{every_steps: 10}}
+log: {{every_steps: 20}}
 """
 
 
