@@ -14,10 +14,14 @@ def command() -> None:
 
 @command.command("build")
 def build() -> None:
-    """Build the native library for this machine's compiler, if it is not built yet."""
-    from dsft.ops.build import build_cpu_library
+    """Build the native libraries that are not built yet: for the CPU, and for CUDA where a GPU is."""
+    import torch
+
+    from dsft.ops.build import build_cpu_library, build_cuda_library
 
     click.echo(f"built: {build_cpu_library()}")
+    if torch.cuda.is_available():
+        click.echo(f"built: {build_cuda_library()}")
 
 
 @command.command("info")

@@ -1,4 +1,4 @@
-"""Build dsft's native library into a private cache folder.
+"""Build dsft's native libraries into a private cache folder: one for the CPU, one for CUDA where nvcc is.
 
 The folder is named by a hash of the sources, the flags and the compiler, so another version never meets an old build,
 and a build is never changed once it is there. Processes that start together wait for one of them under an flock, which
@@ -32,6 +32,13 @@ _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"),
     # What loops need to become vector instructions; none of them changes the value of an expression.
     *("-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno"),
+)
+CUDA_LIBRARY = "libdsft_cuda.so"
+CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100")
+_CUDA_FLAGS = (
+    *("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"),
+    *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in CUDA_ARCHITECTURES),
+    f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}",  # PTX for newer devices
 )
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _NINJA_FILE = """\
@@ -80,20 +87,49 @@ def compiler() -> str:
     )
 
 
+def cuda_compiler() -> str:
+    """Path of nvcc: ``$CUDA_HOME/bin/nvcc`` or nvcc.
+
+    Raises:
+        KernelError: there is none.
+    """
+    home = os.environ.get("CUDA_HOME")
+    for name in (home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise KernelError(
+        "nvcc was not found ($CUDA_HOME/bin, PATH, /usr/local/cuda/bin) to build dsft's CUDA operations. Install the "
+        "CUDA toolkit, or set kernels: reference."
+    )
+
+
 def cpu_library_path() -> Path:
     """Where the library of these sources, flags and compiler is, or will be.
 
     Raises:
         KernelError: no sources or no compiler.
     """
-    folder, program = source_folder(), compiler()
+    return _path(CPU_LIBRARY, compiler(), _FLAGS, "cpu")
+
+
+def cuda_library_path() -> Path:
+    """Where the CUDA library of these sources, flags and nvcc is, or will be.
+
+    Raises:
+        KernelError: no sources or no nvcc.
+    """
+    return _path(CUDA_LIBRARY, cuda_compiler(), _CUDA_FLAGS, "cuda")
+
+
+def _path(name: str, program: str, flags: tuple[str, ...], subfolder: str) -> Path:
+    folder = source_folder()
     version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
     digest = hashlib.sha256()
-    for part in (program, version, platform.machine(), *_FLAGS):
+    for part in (program, version, platform.machine(), *flags):
         digest.update(part.encode() + b"\0")
-    for path in sorted([*(folder / "core").glob("*.h"), *(folder / "cpu").glob("*.[ch]*")]):
+    for path in sorted([*(folder / "core").glob("*.h"), *(folder / subfolder).glob("*.[ch]*")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return cache_folder() / "ops" / digest.hexdigest()[:20] / CPU_LIBRARY
+    return cache_folder() / "ops" / digest.hexdigest()[:20] / name
 
 
 def build_cpu_library() -> Path:
@@ -103,34 +139,46 @@ def build_cpu_library() -> Path:
         KernelError: it cannot be built (with the compiler's output), or the cache folder is another user's.
         SaveError: the cache folder cannot be written.
     """
-    library = cpu_library_path()
+    return _built(cpu_library_path(), compiler(), _FLAGS, "cpu/*.cpp")
+
+
+def build_cuda_library() -> Path:
+    """Path of ``libdsft_cuda.so``, built if it is not there yet (minutes). Safe to call from many processes at once.
+
+    Raises:
+        KernelError: no nvcc, it cannot be built (with nvcc's output), or the cache folder is another user's.
+        SaveError: the cache folder cannot be written.
+    """
+    return _built(cuda_library_path(), cuda_compiler(), _CUDA_FLAGS, "cuda/*.cu")
+
+
+def _built(library: Path, program: str, flags: tuple[str, ...], pattern: str) -> Path:
     if not library.exists():
         _make_private(library.parent)
         with _locked(library.parent):
             if not library.exists():
-                logger.info("building %s into %s", CPU_LIBRARY, library.parent)
-                _build(library)
+                logger.info("building %s into %s", library.name, library.parent)
+                _build(library, program, flags, sorted(source_folder().glob(pattern)))
     return library
 
 
-def _build(library: Path) -> None:
-    sources = sorted((source_folder() / "cpu").glob("*.cpp"))
+def _build(library: Path, program: str, flags: tuple[str, ...], sources: list[Path]) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as work:
         (Path(work) / "build.ninja").write_text(
             _NINJA_FILE.format(
-                compiler=_escaped(compiler()),
-                flags=" ".join(_FLAGS),
-                library=CPU_LIBRARY,
+                compiler=_escaped(program),
+                flags=" ".join(flags),
+                library=library.name,
                 sources=" ".join(_escaped(str(path)) for path in sources),
             )
         )
         result = subprocess.run([_ninja(), "-C", work], capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise KernelError(
-                f"dsft's native operations could not be built with {compiler()}. Mend the compiler (or choose another "
-                f"with $CXX), or set kernels: reference. Its output:\n{result.stdout}{result.stderr}"
+                f"dsft's native operations could not be built with {program}. Mend the compiler (or choose another "
+                f"with $CXX or $CUDA_HOME), or set kernels: reference. Its output:\n{result.stdout}{result.stderr}"
             )
-        fsio.write_bytes(library, (Path(work) / CPU_LIBRARY).read_bytes())
+        fsio.write_bytes(library, (Path(work) / library.name).read_bytes())
 
 
 def _ninja() -> str:

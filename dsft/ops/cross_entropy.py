@@ -9,7 +9,12 @@ import torch
 from dsft.errors import KernelError
 from dsft.ops import backend
 from dsft.ops.native import load_cpu_library
-from dsft.ops.reference import CrossEntropyRows, masked_cross_entropy_rows_reference, target_error
+from dsft.ops.reference import (
+    IGNORED_TARGET,
+    CrossEntropyRows,
+    masked_cross_entropy_rows_reference,
+    target_error,
+)
 
 _DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 """``LogitsDtype`` in csrc/core/cross_entropy.h."""
@@ -60,6 +65,72 @@ def _rows_cpu(
     if code == 1:
         raise target_error(row.value, int(targets[row.value]), logits.shape[1])
     assert code == 0, code
+    return results
+
+
+@torch.library.impl("dsft::masked_cross_entropy_rows_", "CUDA")
+def _rows_cuda(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    row_weight: torch.Tensor,
+    scale: float,
+    soft_cap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    with_gradient: bool,
+) -> CrossEntropyRows:
+    _check(logits, targets, row_weight, scale, soft_cap)
+    options = (scale, soft_cap, label_smoothing, z_loss, with_gradient)
+    # Checked on the device, as torch's own loss does: the host would have to wait for the answer.
+    known = (targets == IGNORED_TARGET) | ((targets >= 0) & (targets < logits.shape[1]))
+    torch._assert_async(known.all(), "masked_cross_entropy_rows_: a target is no column of the logits")
+    library = backend.cuda_library()
+    if library is None:
+        return masked_cross_entropy_rows_reference(logits, targets, row_weight, *options)
+    with torch.cuda.device(logits.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        return launch_rows(library, logits, targets, row_weight, *options, stream)
+
+
+def launch_rows(
+    library: ctypes.CDLL,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    row_weight: torch.Tensor,
+    scale: float,
+    soft_cap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    with_gradient: bool,
+    stream: int | None,
+) -> CrossEntropyRows:
+    """Start the kernel of csrc/cuda on the current device and a stream of it, and wait for nothing.
+
+    Raises:
+        KernelError: the launch failed.
+    """
+    targets, row_weight = targets.contiguous(), row_weight.contiguous()
+    results = _empty_results(logits)
+    code = library.dsft_cuda_cross_entropy_rows(
+        _DTYPE_NUMBERS[logits.dtype],
+        logits.data_ptr(),
+        *logits.shape,
+        logits.stride(0),
+        targets.data_ptr(),
+        row_weight.data_ptr(),
+        scale,
+        soft_cap or 0.0,
+        label_smoothing,
+        z_loss,
+        with_gradient,
+        *(result.data_ptr() for result in results),
+        stream,
+    )
+    if code != 0:
+        raise KernelError(
+            f"masked_cross_entropy_rows_: the kernel for logits {logits.dtype} {tuple(logits.shape)} could not be "
+            f"started: CUDA error {code}. See dsft ops info; kernels: reference runs without it."
+        )
     return results
 
 
