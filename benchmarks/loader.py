@@ -2,16 +2,14 @@
 
 The loader plans, packs, reads, lays rows out with positions, document borders and supervised rows, and hashes what it
 made. Beside it: a bare gather of the same spans of the same token files from ``numpy.memmap`` into one array a pack,
-and the loaders of mosaicml-streaming, litdata and ``datasets`` over the same documents where they are installed; they
-shuffle documents and concatenate them to rows, without borders. The files lie in the page cache. Speeds are by
-processor time of the process, so by one core. ``fraction_of_memmap`` is the loader's speed over the gather's. The last
-line is one JSON object.
+and Hugging Face ``datasets`` over the same documents, shuffled and concatenated to rows without borders. The files lie
+in the page cache. Speeds are by processor time of the process, so by one core. ``fraction_of_memmap`` is the loader's
+speed over the gather's. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import tempfile
 import time
@@ -148,31 +146,6 @@ def measure_datasets(folder: Path, num_tokens: int) -> float:
     return measure_stream(row["ids"] for row in table.shuffle(seed=17))
 
 
-def measure_streaming(folder: Path, num_tokens: int) -> float | str:
-    """mosaicml-streaming: shards of arrays, shuffled (py1e, its default)."""
-    if importlib.util.find_spec("streaming") is None:
-        return "not installed"
-    from streaming import MDSWriter, StreamingDataset
-
-    with MDSWriter(out=str(folder / "mds"), columns={"ids": "ndarray:int32"}) as writer:
-        for ids in documents(num_tokens):
-            writer.write({"ids": ids})
-    dataset = StreamingDataset(local=str(folder / "mds"), shuffle=True, batch_size=1, num_canonical_nodes=1)
-    return measure_stream(sample["ids"] for sample in dataset)
-
-
-def measure_litdata(folder: Path, num_tokens: int) -> float | str:
-    """litdata: optimised chunks of token blocks, shuffled."""
-    if importlib.util.find_spec("litdata") is None:
-        return "not installed"
-    import litdata
-
-    out = str(folder / "litdata")
-    litdata.optimize(fn=documents, inputs=[num_tokens], output_dir=out, chunk_bytes="64MB", num_workers=1)
-    dataset = litdata.StreamingDataset(out, shuffle=True, seed=17)
-    return measure_stream(np.asarray(sample) for sample in dataset)
-
-
 def main() -> None:
     """Measure, print, and end with one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -187,18 +160,14 @@ def main() -> None:
         runs = [measure_loader(store) for _ in range(3)]
         best = max(runs, key=lambda run: run["tokens_per_second"])
         print(f"loader: {best}, memmap gather: {memmap} tokens per second")
-        peers = {
-            "datasets": measure_datasets(folder, num_tokens),
-            "mosaicml_streaming": measure_streaming(folder, num_tokens),
-            "litdata": measure_litdata(folder, num_tokens),
-        }
-        print(f"peers: {peers}")
+        peer = measure_datasets(folder, num_tokens)
+        print(f"datasets: {peer} tokens per second")
     result = {
         "benchmark": "loader",
         **best,
         "memmap_tokens_per_second": memmap,
         "fraction_of_memmap": round(best["tokens_per_second"] / memmap, 4),
-        **peers,
+        "datasets": peer,
     }
     print(json.dumps(result))
 
