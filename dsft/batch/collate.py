@@ -99,6 +99,8 @@ def collate(packs: Sequence[Pieces], spec: BatchSpec) -> PackedBatch:
         spec.pad_id,
     )
     num_tokens = int(borders[-2])
+    if row_tokens - num_tokens > spec.pack_tokens:  # nearly empty packs: no padding beyond a model's last position
+        position_ids[num_tokens:] %= spec.pack_tokens
     cu_seqlens = borders if num_tokens < row_tokens else borders[:-1].clone()
     return PackedBatch(
         input_ids=input_ids[None],

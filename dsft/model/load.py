@@ -67,7 +67,8 @@ def load_model(
                 f"{hf.config.model_type} does not support model.activation_checkpointing; set it to false."
             )
         hf.activation_checkpointing_enable({"use_reentrant": False})
-    return PackedCausalLM(hf, use_kernel=_choose_kernel(section, hf.config, device_type))
+    model = PackedCausalLM(hf, use_kernel=_choose_kernel(section, hf.config, device_type))
+    return model.train()  # loaded weights come in evaluation mode, without dropout and activation checkpointing
 
 
 def resolved_commit(model: PackedCausalLM) -> str | None:

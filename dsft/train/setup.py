@@ -28,6 +28,7 @@ from dsft.model.flops import ModelCost
 from dsft.model.load import load_model
 from dsft.model.packed import PackedCausalLM
 from dsft.model.parameters import freeze, parameter_groups
+from dsft.model.positions import check_positions
 from dsft.sampling.balance import pack_cost
 from dsft.sampling.fim import FillInTheMiddle, fim_order
 from dsft.sampling.packing import planned_lengths
@@ -248,6 +249,7 @@ def build_engine(
         device_type=device_type,
         deepspeed_config=deepspeed_config,
     )
+    check_positions(model.hf, config.data.pack_tokens)
     freeze(model, config.train.freeze)
     optimizer = build_optimizer(
         parameter_groups(model, config.train.weight_decay),

@@ -54,6 +54,13 @@ def supervised(batch: PackedBatch) -> list[tuple[int, int, float]]:
     return list(zip(batch.rows.tolist(), batch.targets.tolist(), batch.row_weight.tolist(), strict=True))
 
 
+def test_a_long_padding_tail_stays_within_the_positions_of_a_pack(tmp_path: Path) -> None:
+    store = write_store(tmp_path, [text_document([1, 2, 3]), text_document([4])])
+    batch = collate([make_pieces((0, 0, 0, 0, 3)), make_pieces((0, 0, 1, 0, 1))], make_spec(store))
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, *range(10), *range(6)]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 20]
+
+
 def test_a_row_by_hand(tmp_path: Path) -> None:
     store = write_store(tmp_path, [text_document([1, 2, 3]), text_document([4]), text_document([5, 6, 7, 8])])
     batch = collate([make_pieces((0, 0, 2, 0, 4), (0, 0, 1, 0, 1), (0, 0, 0, 0, 3))], make_spec(store))

@@ -51,6 +51,7 @@ def test_a_folder_gives_its_weights(folder: Path) -> None:
     for name, value in plain.state_dict().items():
         assert torch.equal(loaded[name], value), name
     assert resolved_commit(model) is None
+    assert all(module.training for module in model.modules()), "transformers loads in evaluation mode"
     assert load(path=str(folder), dtype="bf16").head().weight.dtype == torch.bfloat16
 
 
