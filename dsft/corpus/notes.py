@@ -29,9 +29,10 @@ class FailureNotes:
         self._old = self._present()
         self._began = time.monotonic()
 
-    def leave(self, error: DsftError) -> None:
+    def leave(self, error: BaseException) -> None:
         """Tell the others. On a full disk nobody can be told; then the error itself must do."""
-        note = {"worker": self._worker, "host": socket.gethostname(), "message": str(error)}
+        message = str(error) if isinstance(error, DsftError) else f"{type(error).__name__}: {error}"
+        note = {"worker": self._worker, "host": socket.gethostname(), "message": message}
         with suppress(SaveError):
             for folder in self._folders:
                 write_json(_note_path(folder, self._worker), note)

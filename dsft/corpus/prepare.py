@@ -23,7 +23,7 @@ from dsft.corpus.notes import FailureNotes
 from dsft.corpus.progress import PrepareProgress, Reporter, no_progress
 from dsft.corpus.shard import ShardTask, prepare_shard
 from dsft.corpus.tokenizer import Tokenizer
-from dsft.errors import DataError, DsftError
+from dsft.errors import DataError
 from dsft.fsio import save_error
 from dsft.store.collect import collect_manifest
 from dsft.store.layout import index_path, token_dtype, tokens_path
@@ -97,7 +97,7 @@ def prepare_sources(
         for job in jobs:
             reporter.begin_source(job.name)
             _finish(job, worker, num_workers, reporter, notes)
-    except DsftError as error:
+    except BaseException as error:  # whatever ends this worker, those that wait for it must hear of it
         notes.leave(error)
         raise
     reporter.end()

@@ -309,6 +309,19 @@ def test_a_disk_that_refuses_leaves_published_shards_whole(
     assert len(documents(store)) == len(TEXTS)
 
 
+def test_any_failure_is_told_to_those_that_wait(
+    tmp_path: Path, base_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> int:
+        raise IndexError("position 7 of 7")
+
+    monkeypatch.setattr("dsft.corpus.prepare.prepare_shard", broken)
+    with pytest.raises(IndexError):
+        prepare([source(raw_folder(tmp_path))], base_tokenizer, tmp_path)
+    (note,) = (tmp_path / "store").rglob("failed-worker-0.json")
+    assert json.loads(note.read_text())["message"] == "IndexError: position 7 of 7"
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
