@@ -115,6 +115,33 @@ def verify_run(run: Path, as_json: bool) -> int:
     return EXIT_OK if report.is_proved else EXIT_RUN_FAILED
 
 
+@command.command()
+@_FILE
+@_SET
+@_JSON
+@click.option("--source", "name", help="Only this source. [default: all sources]")
+def audit(file: Path, overrides: tuple[str, ...], as_json: bool, name: str | None) -> int:
+    """Read whole sources and count what is wrong with them, before training. Nothing is written.
+
+    Exit code 1 where a limit of data.audit is passed.
+    """
+    from dsft.cli.audit import audit_run, print_audits
+    from dsft.config.load import load_config
+    from dsft.corpus.audit import passed_limits
+
+    config = load_config(file, overrides)
+    found = audit_run(config, name)
+    passed = [line for one in found for line in passed_limits(one, config.data.audit)]
+    if as_json:
+        sources = [{**asdict(one), "supervised_share": one.supervised_share} for one in found]
+        click.echo(json.dumps({"sources": sources, "passed_limits": passed}, indent=2, ensure_ascii=False))
+    else:
+        print_audits(found)
+    for line in passed:
+        click.echo(line, err=True)
+    return EXIT_RUN_FAILED if passed else EXIT_OK
+
+
 def _progress_line() -> Callable[[int, int], None]:
     """A line on stderr every few seconds of a long check."""
     said = time.monotonic()

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from dsft.train.verify_run import RunReport
 
 
+MOST_EPOCHS = 10
+"""Passes over a source that are shown one by one."""
+
+
 def print_report(report: RunReport) -> None:
     """Steps by attempt, passes over each source, and what is wrong."""
     for attempt in report.attempts:
@@ -20,13 +24,16 @@ def print_report(report: RunReport) -> None:
     if report.superseded_steps:
         click.echo(f"{report.superseded_steps:,} logged steps do not count: they were run again, or never committed")
     for name, epochs in report.sources.items():
-        for epoch in epochs:
+        for epoch in epochs[:MOST_EPOCHS]:
             state = "complete, every document once" if epoch.is_complete else "begun"
             partly = f" (and {epoch.partly_used:,} in part)" if epoch.partly_used else ""
             click.echo(
                 f"{name}: epoch {epoch.epoch}: {epoch.documents:,} of {epoch.documents_of_pass:,} documents{partly}, "
                 f"{epoch.tokens:,} tokens: {state}"
             )
+        if len(epochs) > MOST_EPOCHS:
+            complete = sum(epoch.is_complete for epoch in epochs)
+            click.echo(f"{name}: {len(epochs):,} epochs begun, {complete:,} of them complete")
     for problem in report.problems:
         click.echo(f"problem: {problem}")
     if report.num_problems > len(report.problems):

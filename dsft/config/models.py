@@ -161,6 +161,27 @@ class StageSection(Section):
     weights: dict[str, NonNegativeFloat]
 
 
+class AuditSection(Section):
+    """What ``dsft data audit`` looks for, and the limits beyond which it fails: shares of a source's rows."""
+
+    ngram_words: Annotated[int, Field(ge=2)] = 13
+    """Words in a row that a training row must share with a held-out set to count as contaminated (13: GPT-3's)."""
+    near_duplicate_jaccard: UnitInterval = 0.8
+    """Share of equal five-word runs from which two rows are near-duplicates."""
+    max_bad_share: UnitInterval | None = None
+    max_refused_share: UnitInterval | None = None
+    max_empty_share: UnitInterval | None = None
+    max_unsupervised_share: UnitInterval | None = None
+    max_end_of_turn_cut_share: UnitInterval | None = None
+    max_duplicate_share: UnitInterval | None = None
+    max_near_duplicate_share: UnitInterval | None = None
+    max_contaminated_share: UnitInterval | None = None
+    """Of each held-out set."""
+    max_broken_encoding_share: UnitInterval | None = None
+    min_supervised_share: UnitInterval | None = None
+    """Least share of the tokens that is learned."""
+
+
 class DataSection(Section):
     """Sources, their mixture and how documents become packs."""
 
@@ -178,6 +199,8 @@ class DataSection(Section):
     window_tokens: PositiveCount = 16_000_000
     group_shards: Annotated[int, Field(ge=1)] = 16
     """Documents are shuffled within this many consecutive shards of the shuffled shard order."""
+
+    audit: AuditSection = AuditSection()
 
     @model_validator(mode="after")
     def _stages_name_sources(self) -> DataSection:

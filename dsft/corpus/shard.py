@@ -126,7 +126,7 @@ def read_documents(
     samples: list[Sample | BadRecord] = []
     characters = 0
     for record in read_records(raw, columns):
-        sample = _parse(record, task)
+        sample = parse_sample(record, task)
         records.append(record)
         samples.append(sample)
         characters += _num_characters(sample)
@@ -136,7 +136,8 @@ def read_documents(
     yield from _encoded(records, samples, encoder)
 
 
-def _parse(record: Record, task: ShardTask) -> Sample | BadRecord:
+def parse_sample(record: Record, task: ShardTask) -> Sample | BadRecord:
+    """What a record says, or why it cannot be used."""
     if isinstance(record.value, BadRecord):
         return record.value
     try:

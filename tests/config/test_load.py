@@ -176,6 +176,7 @@ def test_nothing_of_the_environment_is_in_the_dump(tmp_path: Path, monkeypatch: 
         ("data.sources.0.loss_weight=2", False),
         ("data.store_dir=elsewhere", False),
         ("data.bad_records=skip", False),
+        ("data.audit.ngram_words=8", False),
         ("train.tokens=3M", False),
         ("train.lr=1", False),
         ("train.micro_batch_packs=1", False),
