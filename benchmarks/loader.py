@@ -149,8 +149,8 @@ def measure_datasets(folder: Path, num_tokens: int) -> float:
 def main() -> None:
     """Measure, print, and end with one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="10 times the tokens")
-    num_tokens = 200_000_000 if parser.parse_args().full else 20_000_000
+    parser.add_argument("--full", action="store_true", help="25 times the tokens")
+    num_tokens = 200_000_000 if parser.parse_args().full else 8_000_000
     torch.set_num_threads(1)
     backend.choose("native")
     with tempfile.TemporaryDirectory(prefix="dsft-loader-") as name:

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#define DSFT_EXPORT extern "C" __attribute__((visibility("default")))
+#include "export.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 #include <limits>
 #include <vector>
 
-#define DSFT_EXPORT extern "C" __attribute__((visibility("default")))
+#include "export.h"
 
 // Merges the documents read ahead of each source by their tags, tokens drawn before / weight; equal tags go to the
 // first source. Ends before the first tag that a document not yet read ahead could have, after max_documents, or with

@@ -3,8 +3,7 @@
 #include <algorithm>
 
 #include "../core/permutation.h"
-
-#define DSFT_EXPORT extern "C" __attribute__((visibility("default")))
+#include "export.h"
 
 namespace {
 
