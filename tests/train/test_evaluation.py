@@ -92,9 +92,9 @@ def _with_and_without(groups: Groups, folder: Path) -> list[Any]:
     return [_train(groups, folder, name, config) for name, config in cases.items()]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 def test_evaluation_changes_nothing_and_comes_when_due(folder: Path) -> None:
-    for rank in run_ranks(_with_and_without, 2, folder, timeout_seconds=220):
+    for rank in run_ranks(_with_and_without, 2, folder, timeout_seconds=400):
         (_, _, digest, steps, evaluations), (_, _, plain_digest, plain_steps, none) = rank
         assert len(steps) == len(plain_steps) == NUM_STEPS
         assert [record["loss"] for record in steps] == [record["loss"] for record in plain_steps]
@@ -120,9 +120,9 @@ def _overfit_in_two_halves(groups: Groups, folder: Path) -> list[Any]:
     return [whole, _train(groups, folder, "resumed", config, resume=str(checkpoint))]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(420)
 def test_early_stop_on_all_ranks_also_after_a_resume(folder: Path) -> None:
-    for rank in run_ranks(_overfit_in_two_halves, 2, folder, timeout_seconds=220):
+    for rank in run_ranks(_overfit_in_two_halves, 2, folder, timeout_seconds=400):
         (outcome, step, digest, _, evaluations), (outcome_2, step_2, digest_2, _, evaluations_2) = rank
         assert (outcome, outcome_2) == ("early_stop", "early_stop")
         assert step == step_2 < NUM_STEPS
@@ -160,9 +160,9 @@ def _asked_to_stop(groups: Groups, folder: Path) -> tuple[Any, int]:
         dsft.train.evaluation.evaluate_all = real
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(420)
 def test_a_stop_during_an_evaluation_stops_all_ranks_and_saves_without_another_evaluation(folder: Path) -> None:
-    first, second = run_ranks(_asked_to_stop, 2, folder, timeout_seconds=180)
+    first, second = run_ranks(_asked_to_stop, 2, folder, timeout_seconds=400)
     # The message of step 4 was on its way already; that of step 5 carries the request.
     assert first == second == (("stopped", 4), 1)
     saved = newest(folder / "asked" / "checkpoints")
