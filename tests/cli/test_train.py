@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,9 +38,11 @@ def config_file(tmp_path: Path) -> Path:
     return path
 
 
-def dsft(*arguments: str) -> subprocess.CompletedProcess[str]:
+def dsft(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dsft", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, env={**os.environ, **environ}
+    )
 
 
 def records(folder: Path, kind: str) -> list[dict]:
@@ -53,7 +57,11 @@ def test_dry_run_says_what_training_then_does(config_file: Path) -> None:
     assert dry.returncode == 0, dry.stderr
     assert not (run / "checkpoints").exists()
     assert not (run / "metrics.jsonl").exists()
-    real = dsft("train", str(config_file), "--profile-steps", "1:3")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    real = dsft("train", str(config_file), "--profile-steps", "1:3", **place, MASTER_PORT=port)
     assert real.returncode == 0, real.stderr
     steps = records(run, "step")
     assert f"dry run: {steps[-1]['step']:,} steps" in dry.stderr
@@ -63,6 +71,7 @@ def test_dry_run_says_what_training_then_does(config_file: Path) -> None:
     assert trace["traceEvents"]
     assert list((run / "tensorboard").glob("events.*"))
     assert json.loads((run / "run_state.json").read_text())["status"] == "finished"
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*")), "66 MiB of memory left behind by each rank"
     again = dsft("train", str(config_file))
     assert again.returncode == 2
     assert "--resume auto" in again.stderr

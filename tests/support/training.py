@@ -16,7 +16,7 @@ import torch
 from dsft.batch.loader import Loader
 from dsft.config.deepspeed import build_deepspeed_config
 from dsft.config.models import RunConfig
-from dsft.dist import Groups
+from dsft.dist import Groups, drop_shared_memory_name
 from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
 from dsft.launch.owner import take_run_folder
 from dsft.launch.stop import StopFlag
@@ -93,7 +93,9 @@ def run_training(
         run.loader.close()
         groups.barrier()
         digest = state_digest(run.engine)
-    return Outcome(read_lines(run_dir / METRICS_NAME, "step"), read_lines(run_dir / DATA_LOG_NAME), unsupervised, digest)
+    return Outcome(
+        read_lines(run_dir / METRICS_NAME, "step"), read_lines(run_dir / DATA_LOG_NAME), unsupervised, digest
+    )
 
 
 @contextmanager
@@ -115,6 +117,8 @@ def built_run(
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)  # as dist.init does
+    groups.barrier()
+    drop_shared_memory_name(groups.world)
     parsed = RunConfig.model_validate({**config, "run": {"name": "t", "dir": str(run_dir), "seed": 17}})
     tokenizer: Any = SimpleNamespace(
         vocab_tokens=1,
