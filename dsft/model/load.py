@@ -71,6 +71,15 @@ def load_model(
     return model.train()  # loaded weights come in evaluation mode, without dropout and activation checkpointing
 
 
+def check_loadable(section: ModelSection, vocab_tokens: int) -> None:
+    """What each rank can find out alone: the model's config is there, and its class in the installed transformers.
+
+    Raises:
+        ModelError, ConfigError: as :func:`load_model`.
+    """
+    _import_model_class(_hf_config(section, vocab_tokens), section)
+
+
 def resolved_commit(model: PackedCausalLM) -> str | None:
     """The hub commit the weights came from; None for a local folder or random weights."""
     commit = getattr(model.hf.config, "_commit_hash", None)

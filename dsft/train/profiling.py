@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft.errors import ConfigError
+from dsft.fsio import save_error
 
 
 def parse_steps(text: str | None) -> range:
@@ -45,7 +46,20 @@ class Profiler:
             self._active.start()
         yield
         if step + 1 not in self._steps:
-            self._active.stop()
+            self.close()
+
+    def close(self) -> None:
+        """Write the trace of the steps so far, where the run ends before the range does. Does nothing afterwards.
+
+        Raises:
+            SaveError: the trace cannot be written.
+        """
+        if self._active is None:
+            return
+        active, self._active = self._active, None
+        active.stop()
+        try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._active.export_chrome_trace(str(self._path))
-            self._active = None
+            active.export_chrome_trace(str(self._path))
+        except OSError as error:
+            raise save_error(self._path, error) from error

@@ -25,7 +25,7 @@ from dsft.dist import DeviceType, Groups, without_prints
 from dsft.export.resolve import is_dsft_folder, weights_folder
 from dsft.fsio import save_error
 from dsft.model.flops import ModelCost
-from dsft.model.load import load_model
+from dsft.model.load import check_loadable, load_model
 from dsft.model.packed import PackedCausalLM
 from dsft.model.parameters import freeze, parameter_groups
 from dsft.model.positions import check_positions
@@ -241,6 +241,8 @@ def build_engine(
     import deepspeed
 
     section = config.model if folder == config.model.path else config.model.model_copy(update={"path": folder})
+    with groups.together():  # one host may lack the model; what comes after it is collective
+        check_loadable(section, data.tokenizer.vocab_tokens)
     model: PackedCausalLM = load_model(
         section,
         vocab_tokens=data.tokenizer.vocab_tokens,

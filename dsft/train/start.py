@@ -39,13 +39,19 @@ from dsft.train.evaluation import EvaluationPlan
 from dsft.train.loop import Run, train
 from dsft.train.profiling import Profiler
 from dsft.train.resume import restore
-from dsft.train.saving import Saver
+from dsft.train.saving import Saver, versions
 from dsft.train.schedule import build_schedule
 from dsft.train.state import TrainState
 from dsft.train.step_log import StepLog
 from dsft.world import check_world_size, discover_world
 
 logger = logging.getLogger(__name__)
+
+_LAST_WORDS = {
+    "finished": "finished after step %d; everything is saved",
+    "early_stop": "ended early after step %d, because a held-out loss rises (evaluate.early_stop); everything is saved",
+    "stopped": "stopped on request after step %d; everything is saved: go on with --resume auto",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,13 @@ def start(config: RunConfig, options: Options, *, local_rank_argument: int | Non
     groups = dist.init(world, device_type)
     phases.done("process_group_seconds")
     check_same_configuration(
-        groups, {"config": config_to_json(config), "deepspeed": deepspeed_config, "options": options.to_json()}
+        groups,
+        {
+            "config": config_to_json(config),
+            "deepspeed": deepspeed_config,
+            "options": options.to_json(),
+            "versions": versions(),
+        },
     )
     folder = take_run_folder(Path(config.run.dir), groups)
     state: TrainState | None = None
@@ -165,7 +177,9 @@ def _train(run: Run, state: TrainState, folder: RunFolder) -> int:
         run.recorder.close()
         run.loader.close()
     with run.groups.together():
+        run.profiler.close()
         folder.write_state("stopped" if outcome == "stopped" else "finished", state.step, outcome=outcome)
+    logger.info(_LAST_WORDS[outcome], state.step)
     run.groups.close()
     return EXIT_STOPPED_EARLY if outcome == "stopped" else EXIT_OK
 
