@@ -87,6 +87,8 @@ def run_ranks(
         }
         worker.connection.send((_reference(function), pickle.dumps(args), variables))
     outcomes = _collect(workers, timeout_seconds)
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # DeepSpeed never gives them back
+        buffer.unlink(missing_ok=True)
     is_reusable = not fresh and all(kind == "returned" and text != USED_DEEPSPEED for kind, _, text in outcomes)
     if is_reusable:
         _idle.extend(workers)
