@@ -223,8 +223,14 @@ class DataSection(Section):
                     f"data.stages[{position}].until_tokens must be greater than the stage before ({previous})"
                 )
             previous = stage.until_tokens
+            if not any(stage.weights.get(source.name) and source.loss_weight for source in self.sources):
+                raise ValueError(
+                    f"data.stages[{position}].weights: every source drawn has loss_weight 0, so nothing is learned"
+                )
         if not self.stages and not any(source.weight for source in self.sources):
             raise ValueError("data.sources: every weight is 0, so nothing could be drawn")
+        if not self.stages and not any(source.weight and source.loss_weight for source in self.sources):
+            raise ValueError("data.sources: every source drawn has loss_weight 0, so nothing is learned")
         return self
 
 
@@ -308,6 +314,8 @@ class EvaluationSetSection(Section):
     @model_validator(mode="after")
     def _known_columns(self) -> EvaluationSetSection:
         check_columns(self.format, self.columns)
+        if self.generate and self.format == "text":
+            raise ValueError("generate answers prompts, and raw text has none; remove it, or give another format")
         return self
 
 
@@ -328,6 +336,19 @@ class EvaluateSection(Section):
     sets: Items[EvaluationSetSection] = ()
     early_stop: EarlyStopSection | None = None
     """Absent: overfitting is only warned about."""
+
+    @model_validator(mode="after")
+    def _can_decide(self) -> EvaluateSection:
+        names = [held_out.name for held_out in self.sets]
+        if len(set(names)) != len(names):
+            raise ValueError(
+                f"evaluate.sets: two sets share a name: {sorted(n for n in names if names.count(n) > 1)[0]!r}"
+            )
+        if self.early_stop is not None and not any(held_out.source for held_out in self.sets):
+            raise ValueError(
+                "evaluate.early_stop compares held-out with training loss, so it needs a set whose source is given"
+            )
+        return self
 
 
 class LogSection(Section):

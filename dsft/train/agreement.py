@@ -41,13 +41,14 @@ def check_same_stores(groups: Groups, stores: Sequence[SourceStore]) -> None:
     Raises:
         DataError: on every rank, naming the first rank that reads another store.
     """
-    first: dict[str, str] = groups.broadcast_object({store.name: store.fingerprint for store in stores})
-    other = next((store for store in stores if first.get(store.name) != store.fingerprint), None)
-    error = None
-    if other is not None:
-        error = DataError(
-            f"the ranks read different token stores of {other.name!r}: {other.folder} has fingerprint "
-            f"{other.fingerprint[:12]}, and rank 0's has {first.get(other.name, 'none')[:12]}. Put data.store_dir on "
-            "storage that every host sees."
+    first: list[str] = groups.broadcast_object([store.fingerprint for store in stores])
+    errors = [
+        DataError(
+            f"the ranks read different token stores of {store.name!r}: {store.folder} has fingerprint "
+            f"{store.fingerprint[:12]}, and rank 0's has {fingerprint[:12]}. Put data.store_dir on storage that every "
+            "host sees."
         )
-    groups.agree(error)
+        for store, fingerprint in zip(stores, first, strict=True)  # as many as in the configuration, which is the same
+        if store.fingerprint != fingerprint
+    ]
+    groups.agree(errors[0] if errors else None)

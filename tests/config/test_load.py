@@ -219,3 +219,25 @@ def test_differences_of_absent_keys(tmp_path: Path) -> None:
 def test_columns_and_objective_fit_the_format(tmp_path: Path, override: str, parts: list[str]) -> None:
     text = message(write_run_yaml(tmp_path), f"data.sources.0={override[:-1]}, name: a, path: a.jsonl}}")
     assert all(part in text for part in parts), text
+
+
+SILENT = ["data.sources.0.loss_weight=0", "data.sources.1.loss_weight=0"]
+HELD_OUT = "evaluate.sets=[{name: held, path: h.jsonl, generate: 4}]"
+NAMED_TWICE = "evaluate.sets=[{name: held, path: h.jsonl}, {name: held, path: i.jsonl}]"
+UNLINKED = ["evaluate.sets=[{name: held, path: h.jsonl}]", "evaluate.early_stop={patience: 2}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (SILENT, "every source drawn has loss_weight 0"),
+        (["data.stages=[{until_tokens: 9, weights: {qa: 1}}]", SILENT[1]], "data.stages.0.weights: every source drawn"),
+        ([HELD_OUT], "raw text has none"),
+        ([NAMED_TWICE], "two sets share a name: 'held'"),
+        (UNLINKED, "needs a set whose source is given"),
+    ],
+)
+def test_what_could_teach_or_decide_nothing(tmp_path: Path, overrides: list[str], part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write_run_yaml(tmp_path), overrides)
+    assert part in str(caught.value)

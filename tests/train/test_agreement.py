@@ -28,7 +28,7 @@ def compare(groups: Groups, folder: Path, differ: bool) -> list[str]:
 
 
 def test_ranks_that_differ_stop_together(tmp_path: Path) -> None:
-    write_store(tmp_path / "same", [text_document([1, 2, 3])], name="same")
+    write_store(tmp_path / "same", [text_document([1, 2, 3])], name="papers")  # held-out set and source of one name
     write_store(tmp_path / "store-0", [text_document([4, 5, 6])], name="papers")
     write_store(tmp_path / "store-1", [text_document([4, 5, 7])], name="papers")
     assert run_ranks(compare, 2, tmp_path, False, timeout_seconds=60) == [[], []]
