@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_command(command: str, folder: Path, port: int) -> subprocess.CompletedProcess[str]:
     words = shlex.split(command)
-    environ = {**os.environ, "PATH": f"{REPOSITORY / '.venv/bin'}:{os.environ['PATH']}", "PYTHONPATH": ""}
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": ""}
     if words[0] == "deepspeed":  # the port is fixed unless given, and this machine may have no ssh server
         words[1:1] = ["--master_port", str(port), "--master_addr", "127.0.0.1", "--no_ssh_check"]
     if "run.yaml" in words:
