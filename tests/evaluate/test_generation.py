@@ -166,7 +166,7 @@ def test_evaluate_all_writes_one_record_a_set_and_feeds_the_watch(folder: Path) 
     model = PackedCausalLM(LlamaForCausalLM.from_pretrained(folder / "model"))
     store, tokenizer = SourceStore(folder / "store"), _tokenizer(folder)
     spec = BatchSpec((store,), (1.0,), "token", pack_tokens=64, pad_id=tokenizer.pad_id)
-    linked = EvaluationSetSection(name="qa", path="x", source="pairs", generate=3, max_new_tokens=8)
+    linked = EvaluationSetSection(name="qa", path="x", format="messages", source="pairs", generate=3, max_new_tokens=8)
     free = EvaluationSetSection(name="free", path="x", max_documents=2)
     watch = OverfitWatch(patience=1)
 

@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _config(folder: Path, evaluate: dict[str, Any], **changes: Any) -> dict[str, Any]:
     borders = [border * STEP_TOKENS for border in (*BORDERS, NUM_STEPS)]
     weights = [{"text": 1.0}, {"text": 0.5, "chat": 0.5}, {"text": 0.5, "chat": 0.5}]
-    held = {"name": "held", "path": "-", "source": "text", "generate": 3, "max_new_tokens": 4}
+    held = {"name": "held", "path": "-", "format": "messages", "source": "text", "generate": 3, "max_new_tokens": 4}
     return {
         "model": {"path": str(folder / "model"), "dtype": "fp32"},
         "data": {
