@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsft.batch.types import StepBatch
-from dsft.errors import DsftError, TrainingError
+from dsft.errors import TrainingError
 
 if TYPE_CHECKING:
     from dsft.dist import Groups, PendingControl
@@ -52,11 +52,11 @@ class Proposal:
     """A rank's own message, posted and not yet answered."""
 
     batch: StepBatch | None
-    error: DsftError | None
+    error: Exception | None
     pending: PendingControl
 
 
-def propose(groups: Groups, batch: StepBatch | None, error: DsftError | None, *, stop: bool, salt: int) -> Proposal:
+def propose(groups: Groups, batch: StepBatch | None, error: Exception | None, *, stop: bool, salt: int) -> Proposal:
     """Post this rank's message for its next step; every rank calls it once a step, also at the end and on an error.
 
     Args:
@@ -86,7 +86,7 @@ def agree(groups: Groups, proposal: Proposal) -> Agreement:
     """Wait for all ranks' messages and decide.
 
     Raises:
-        DsftError: what a rank brought, on every rank alike.
+        DsftError: what a rank brought, on every rank alike; its other errors as ``Groups.agree`` says.
         TrainingError: the ranks do not plan the same step.
     """
     table = proposal.pending.wait()

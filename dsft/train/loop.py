@@ -9,7 +9,7 @@ from typing import Any
 from dsft.batch.loader import Loader
 from dsft.batch.types import StepBatch
 from dsft.dist import Groups
-from dsft.errors import DataError, DsftError, TrainingError
+from dsft.errors import DataError, TrainingError
 from dsft.launch.stop import StopFlag
 from dsft.metrics.recorder import Recorder
 from dsft.train.control import Proposal, agree, propose
@@ -96,15 +96,13 @@ def train(run: Run, state: TrainState) -> str:
 def _propose_next(run: Run, batches: Iterator[StepBatch]) -> Proposal:
     """Take the next prefetched batch and post this rank's message for it; an error travels in the message."""
     batch: StepBatch | None = None
-    error: DsftError | None = None
+    error: Exception | None = None
     try:
         batch = next(batches, None)
-    except DsftError as caught:
-        error = caught
     except OSError as caught:
-        error = DataError(
-            f"rank {run.groups.world.rank}: reading training data failed: {caught}. Check the store's disk."
-        )
+        error = DataError(f"reading training data failed: {caught}. Check the store's disk.")
+    except Exception as caught:  # noqa: BLE001  (whatever it is, no rank may wait for one that is gone)
+        error = caught
     error = error or run.recorder.error or run.step_log.error
     return propose(run.groups, batch, error, stop=run.stop.requested is not None, salt=run.salt)
 

@@ -104,5 +104,7 @@ def _add_by_source(totals: torch.Tensor, batch: PackedBatch, row_nll: torch.Tens
         return
     source = batch.row_source.to(totals.device, non_blocking=True)
     weight = batch.row_weight.to(totals.device, non_blocking=True).double()
-    totals[0].index_add_(0, source, weight * row_nll.double())
-    totals[1].index_add_(0, source, weight)
+    # Not index_add_, which on CUDA adds in another order each time; and an infinite loss stays with its own source.
+    is_of = source == torch.arange(totals.shape[1], device=totals.device)[:, None]
+    totals[0] += torch.where(is_of, weight * row_nll.double(), 0.0).sum(1)
+    totals[1] += torch.where(is_of, weight, 0.0).sum(1)
