@@ -40,7 +40,7 @@ def export_checkpoint(
     The checkpoint's files are checked against their hashes first. ``out`` appears whole, by rename, or not at all.
 
     Args:
-        checkpoint: a checkpoint folder of a run (``<run>/checkpoints/step-XXXXXXXX``).
+        checkpoint: a checkpoint folder of a run (``<run>/checkpoints/step-<number>``).
         out: folder to make; it must not exist, or be empty.
         dtype: type of the weights. The checkpoint's master weights are fp32, so bf16 rounds once.
         max_shard_bytes: a weight file is at most this large (a single larger tensor gets its own file).

@@ -34,7 +34,7 @@ def checkpoint_of(path: Path) -> Path:
     if found is None:
         raise CheckpointError(
             f"{path} is neither a checkpoint (a folder with {MANIFEST_NAME}) nor a run folder with a whole checkpoint "
-            f"in {CHECKPOINTS_FOLDER}/. Name <run>/{CHECKPOINTS_FOLDER}/step-XXXXXXXX, or the run's folder."
+            f"in {CHECKPOINTS_FOLDER}/. Name <run>/{CHECKPOINTS_FOLDER}/step-<number>, or the run's folder."
         )
     return found
 
