@@ -38,12 +38,11 @@ DSFT_EXPORT int32_t dsft_pack_sequences_check(int64_t num_tokens, const int64_t*
 }
 
 // Fills the outputs in one pass. The input must have passed dsft_pack_sequences_check. input_ids and position_ids have
-// row_tokens elements, cu_seqlens num_pieces + 2, the four row outputs num_rows each.
+// row_tokens elements, cu_seqlens num_pieces + 2, the three row outputs num_rows each.
 DSFT_EXPORT void dsft_pack_sequences(const int32_t* tokens, const int64_t* piece_offsets, const uint8_t* has_lookahead,
                                      int64_t num_pieces, const int32_t* spans, const int64_t* span_offsets,
-                                     const float* span_weights, int64_t row_tokens, int64_t pad_id, int64_t* input_ids,
-                                     int64_t* position_ids, int32_t* cu_seqlens, int64_t* rows, int64_t* targets,
-                                     float* row_weight, int64_t* row_piece) {
+                                     int64_t row_tokens, int64_t pad_id, int64_t* input_ids, int64_t* position_ids,
+                                     int32_t* cu_seqlens, int64_t* rows, int64_t* targets, int64_t* row_piece) {
   int64_t at = 0, row = 0;
   for (int64_t p = 0; p < num_pieces; ++p) {
     const int32_t* piece = tokens + piece_offsets[p];
@@ -57,7 +56,6 @@ DSFT_EXPORT void dsft_pack_sequences(const int32_t* tokens, const int64_t* piece
       for (int64_t t = spans[2 * s]; t < spans[2 * s + 1]; ++t, ++row) {
         rows[row] = dsft::row_of_target(at, t);
         targets[row] = piece[t];
-        row_weight[row] = span_weights[s];
         row_piece[row] = p;
       }
     }

@@ -18,8 +18,9 @@
 
 #define __global__
 #define __device__
-#define DSFT_SHARED(type, name, count) \
-  type* const name = static_cast<type*>(dsft::simulation::shared_memory(__LINE__, sizeof(type) * (count)))
+#define DSFT_SHARED(type, name, count)                                          \
+  static const char name##_place = 0; /* its address is a key, one an instance */ \
+  type* const name = static_cast<type*>(dsft::simulation::shared_memory(&name##_place, sizeof(type) * (count)))
 #define DSFT_LAUNCH(kernel, blocks, threads, stream, ...) \
   ((void)(stream), dsft::simulation::launch((blocks), (threads), [&] { kernel(__VA_ARGS__); }))
 
@@ -53,7 +54,7 @@ inline const void* scheduler_stack = nullptr;
 inline size_t scheduler_stack_bytes = 0;
 inline std::vector<Fibre> fibres;
 inline std::vector<char> exchange;  // one slot a thread, for shuffles
-inline std::map<int, std::vector<char>> shared;
+inline std::map<const void*, std::vector<char>> shared;
 inline const std::function<void()>* body = nullptr;
 
 inline void start_switch(void** from, const void* stack, size_t bytes) {
@@ -72,7 +73,7 @@ inline void finish_switch(void* to, const void** stack, size_t* bytes) {
 #endif
 }
 
-inline void* shared_memory(int key, size_t bytes) {
+inline void* shared_memory(const void* key, size_t bytes) {
   std::vector<char>& memory = shared[key];
   if (memory.empty()) memory.assign(bytes, '\xff');
   return memory.data();

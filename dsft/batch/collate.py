@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,9 @@ import torch
 
 from dsft.batch.hashing import hash_row
 from dsft.batch.types import PackedBatch
+from dsft.ops.loss_mask import expand_loss_mask
 from dsft.ops.pack import pack_sequences
+from dsft.ops.reference import LossReduction
 from dsft.sampling.fim import FimOrder
 from dsft.sampling.types import Pieces
 from dsft.store.reader import SourceStore
@@ -34,7 +35,7 @@ class BatchSpec:
         stores: one per source, in the configuration's order.
         loss_weights: per source, factor of its rows in the loss; 0: it has no rows.
         loss_reduction: token: every row counts by its weight; document: the rows of a document are divided by their
-            number in the whole document, also when it was split.
+            number in the whole document, also when it was split; message: by their number in their message.
         pack_tokens: tokens of a pack's place in the row; a row of k packs has ``k * pack_tokens``.
         pad_id: token of padding and fillers.
         truncate_overlong: a document ends after ``pack_tokens`` tokens (data.overlong: truncate).
@@ -43,7 +44,7 @@ class BatchSpec:
 
     stores: tuple[SourceStore, ...]
     loss_weights: tuple[float, ...]
-    loss_reduction: Literal["token", "document"]
+    loss_reduction: LossReduction
     pack_tokens: int
     pad_id: int
     truncate_overlong: bool = False
@@ -59,18 +60,18 @@ class _Contents:
         offsets: int64[S + 1], borders of the pieces in ``tokens``.
         has_lookahead: bool[S].
         document_tokens: int64[S], length of the whole document.
-        span_piece: int64[K], ascending: the piece a span belongs to.
-        spans: int64[K, 2], supervised targets of the *whole* document, counted from its start.
-        span_weights: float64[K].
+        spans: int32[K, 2], supervised targets of the *whole* document, counted from its start.
+        span_weights: float32[K].
+        span_offsets: int64[S + 1], borders of the pieces in ``spans``.
     """
 
     tokens: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]
     has_lookahead: npt.NDArray[np.bool_]
     document_tokens: npt.NDArray[np.int64]
-    span_piece: npt.NDArray[np.int64]
-    spans: npt.NDArray[np.int64]
-    span_weights: npt.NDArray[np.float64]
+    spans: npt.NDArray[np.int32]
+    span_weights: npt.NDArray[np.float32]
+    span_offsets: npt.NDArray[np.int64]
 
 
 def collate(packs: Sequence[Pieces], spec: BatchSpec) -> PackedBatch:
@@ -85,18 +86,27 @@ def collate(packs: Sequence[Pieces], spec: BatchSpec) -> PackedBatch:
     assert packs, "a rank without packs runs a filler"
     pieces = join_packs(packs)
     contents = _read(pieces, spec)
-    spans, span_piece, weights = _supervised(pieces, contents, spec)
     row_tokens = len(packs) * spec.pack_tokens
-    num_pieces = len(pieces.length)
-    input_ids, position_ids, borders, rows, targets, row_weight, row_piece = pack_sequences(
+    span_offsets = torch.from_numpy(contents.span_offsets)
+    spans, row_weight = expand_loss_mask(
+        torch.from_numpy(contents.spans),
+        torch.from_numpy(contents.span_weights),
+        span_offsets,
+        torch.from_numpy(pieces.start),
+        torch.from_numpy(np.diff(contents.offsets)),
+        torch.from_numpy(contents.document_tokens),
+        torch.from_numpy(np.array(spec.loss_weights, dtype=np.float64)[pieces.source]),
+        spec.loss_reduction,
+    )
+    input_ids, position_ids, borders, rows, targets, row_piece = pack_sequences(
         torch.from_numpy(contents.tokens),
         torch.from_numpy(contents.offsets),
         torch.from_numpy(contents.has_lookahead),
-        torch.from_numpy(spans),
-        torch.from_numpy(_offsets(np.bincount(span_piece, minlength=num_pieces))),
-        torch.from_numpy(weights),
+        spans,
+        span_offsets,
         row_tokens,
         spec.pad_id,
+        len(row_weight),
     )
     num_tokens = int(borders[-2])
     if row_tokens - num_tokens > spec.pack_tokens:  # nearly empty packs: no padding beyond a model's last position
@@ -204,9 +214,9 @@ def _read(pieces: Pieces, spec: BatchSpec) -> _Contents:
         offsets=offsets,
         has_lookahead=has_lookahead,
         document_tokens=document_tokens,
-        span_piece=span_piece[order],
-        spans=np.concatenate(spans)[order].astype(np.int64),
-        span_weights=np.concatenate(span_weights)[order].astype(np.float64),
+        spans=np.concatenate(spans)[order],
+        span_weights=np.concatenate(span_weights)[order],
+        span_offsets=_offsets(np.bincount(span_piece, minlength=num_pieces)),
     )
 
 
@@ -217,26 +227,6 @@ def _rearranged(
     begin, end = int(index.token_offsets[document]), int(index.token_offsets[document + 1])
     ids, learned = order.rearrange(epoch, shard, document, stored[begin:end].astype(np.int32))
     return ids, learned.astype(np.int32)
-
-
-def _supervised(
-    pieces: Pieces, contents: _Contents, spec: BatchSpec
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Spans inside their pieces (int32[K, 2]), the piece of each, and the weight of each one's rows."""
-    piece = contents.span_piece
-    weight = contents.span_weights * np.array(spec.loss_weights, dtype=np.float64)[pieces.source[piece]]
-    begin = np.maximum(contents.spans[:, 0], 1)  # no row predicts token 0
-    end = np.minimum(contents.spans[:, 1], contents.document_tokens[piece])
-    if spec.loss_reduction == "document":
-        in_document = np.bincount(piece, weights=np.maximum(end - begin, 0), minlength=len(pieces.length))
-        weight = weight / np.maximum(in_document, 1)[piece]
-
-    start = pieces.start[piece]
-    begin = np.maximum(begin - start, 1)
-    end = np.minimum(end - start, np.diff(contents.offsets)[piece])
-    kept = (begin < end) & (weight > 0)
-    inside = np.stack([begin[kept], end[kept]], axis=1).astype(np.int32)
-    return inside, piece[kept], weight[kept].astype(np.float32)
 
 
 def _rows_by_shard(pieces: Pieces) -> list[npt.NDArray[np.int64]]:

@@ -6,11 +6,11 @@ nearest known key). Lengths in tokens end in ``_tokens``, durations in ``_second
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+from dsft.config.columns import RecordFormat, check_columns
 from dsft.config.units import Count, PositiveCount
 
 UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -72,28 +72,6 @@ class ModelSection(Section):
         if self.config is not None and self.tokenizer is None:
             raise ValueError("model.config (train from scratch) needs model.tokenizer")
         return self
-
-
-RecordFormat = Literal["text", "messages", "prompt_completion", "alpaca", "sharegpt"]
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "text": (),
-    "messages": ("messages", "tools", "role", "content"),
-    "prompt_completion": ("prompt", "completion", "system", "tools"),
-    "alpaca": ("instruction", "input", "output", "system", "history"),
-    "sharegpt": ("conversations", "system", "tools", "from", "value"),
-}
-"""Fields of each format that ``columns`` may give another name."""
-
-
-def check_columns(record_format: str, columns: Mapping[str, str]) -> None:
-    """Raise ValueError for a field that the format does not have, or two fields with one name."""
-    known = COLUMNS[record_format]
-    for name in columns:
-        if name not in known:
-            fields = f"its fields are {', '.join(known)}" if known else "name its field with text_field"
-            raise ValueError(f"columns: the format {record_format} has no field {name!r}; {fields}")
-    if len(set(columns.values())) < len(columns):
-        raise ValueError(f"columns: two fields are read from one column: {sorted(columns.values())}")
 
 
 class FillInTheMiddleSection(Section):
@@ -274,7 +252,8 @@ class TrainSection(Section):
     gradient_clipping: NonNegativeFloat = 1.0
     """Global gradient norm; 0 means no clipping."""
     schedule: ScheduleSection = ScheduleSection()
-    loss_reduction: Literal["token", "document"] = "token"
+    loss_reduction: Literal["token", "document", "message"] = "token"
+    """What weighs the same: supervised tokens; documents; messages (an answer, a completion, a raw text)."""
     freeze: Items[str] = ()
     """fnmatch patterns over parameter names; a pattern that matches nothing is an error."""
     max_skipped_steps: Annotated[int, Field(ge=1)] = 5
@@ -393,6 +372,13 @@ class RunConfig(Section):
                     f"evaluate.sets[{position}].source: no source is called {held_out.source!r}; "
                     f"sources are {sorted(names)}"
                 )
+        if self.train.loss_reduction == "message":
+            for position, source in enumerate(self.data.sources):
+                if source.objective != "next_token" or (source.format != "text" and source.supervise == "all"):
+                    raise ValueError(
+                        f"train.loss_reduction: message; data.sources[{position}] learns tokens that belong to no "
+                        "message (supervise: all, or objective: fim): set loss_reduction: document"
+                    )
         if self.train.epochs is not None and len(self.data.sources) > 1:
             raise ValueError("train.epochs needs a single source; with several sources give train.tokens")
         if self.data.stages and self.train.tokens is None:

@@ -22,6 +22,7 @@ _CROSS_ENTROPY_ROWS: list[Any] = [
     _INT32,
     *[_POINTER] * 5,
 ]
+_EXPAND_LOSS_MASK: list[Any] = [*[_POINTER] * 3, *[_INT64] * 2, *[_POINTER] * 4, _INT32]
 
 
 @lru_cache(maxsize=1)
@@ -38,7 +39,11 @@ def load_cpu_library() -> ctypes.CDLL:
     check.argtypes = [_INT64, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER]
     pack = library.dsft_pack_sequences
     pack.restype = None
-    pack.argtypes = [*[_POINTER] * 3, _INT64, *[_POINTER] * 3, _INT64, _INT64, *[_POINTER] * 7]
+    pack.argtypes = [*[_POINTER] * 3, _INT64, *[_POINTER] * 2, _INT64, _INT64, *[_POINTER] * 6]
+    library.dsft_expand_loss_mask_spans.restype = _INT32
+    library.dsft_expand_loss_mask_spans.argtypes = [*_EXPAND_LOSS_MASK, *[_POINTER] * 4]
+    library.dsft_expand_loss_mask_rows.restype = None
+    library.dsft_expand_loss_mask_rows.argtypes = [_POINTER, _POINTER, _INT64, _POINTER]
     rows = library.dsft_cross_entropy_rows
     rows.restype = _INT32
     rows.argtypes = [*_CROSS_ENTROPY_ROWS, _INT64, _POINTER]
@@ -61,6 +66,13 @@ def with_cuda_types(library: ctypes.CDLL) -> ctypes.CDLL:
     rows = library.dsft_cuda_cross_entropy_rows
     rows.restype = _INT32
     rows.argtypes = [*_CROSS_ENTROPY_ROWS, _POINTER]
+    pack = library.dsft_cuda_pack_sequences
+    pack.restype = _INT32
+    pack.argtypes = [_POINTER, _INT64, *[_POINTER] * 2, _INT64, *[_POINTER] * 2, *[_INT64] * 4, *[_POINTER] * 9]
+    library.dsft_cuda_expand_loss_mask_spans.restype = _INT32
+    library.dsft_cuda_expand_loss_mask_spans.argtypes = [*_EXPAND_LOSS_MASK, *[_POINTER] * 5]
+    library.dsft_cuda_expand_loss_mask_rows.restype = _INT32
+    library.dsft_cuda_expand_loss_mask_rows.argtypes = [*[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 3]
     return library
 
 

@@ -162,6 +162,14 @@ def test_document_reduction_gives_each_text_document_weight_one(tmp_path: Path) 
     assert totals.tolist() == pytest.approx([1.0, 1.0, 1.0, 0.0])
 
 
+def test_message_reduction_gives_each_message_its_weight_also_when_it_is_cut(tmp_path: Path) -> None:
+    store = write_store(tmp_path, [conversation(25, [(0, 4), (6, 18), (20, 25)], [1.0, 0.5, 2.0])])
+    spec = make_spec(store, loss_reduction="message")
+    batches = [collate([make_pieces((0, 0, 0, start, length))], spec) for start, length in ((0, 10), (10, 10), (20, 5))]
+    weights = torch.cat([batch.row_weight for batch in batches])
+    assert [part.sum().item() for part in weights.split([3, 12, 5])] == pytest.approx([1.0, 0.5, 2.0])
+
+
 def test_a_truncated_document_ends_at_the_cut(tmp_path: Path) -> None:
     store = write_store(tmp_path, [text_document(range(25))])
     pack = make_pieces((0, 0, 0, 0, 10))
@@ -196,14 +204,16 @@ def naive(pieces: Pieces, spec: BatchSpec) -> tuple[list[int], list[tuple[int, i
         index = store.index(shard)
         first = int(index.token_offsets[number])
         document = store.tokens(shard)[first : first + int(index.lengths[number])].astype(int).tolist()
-        weight = [0.0] * len(document)
+        weight, message = [0.0] * len(document), [-1] * len(document)
         for span in range(index.span_offsets[number], index.span_offsets[number + 1]):
-            for token in range(*index.spans[span].tolist()):
+            for token in range(max(1, index.spans[span][0]), index.spans[span][1]):
                 weight[token] = float(index.span_weights[span]) * spec.loss_weights[source]
-        weight[0] = 0.0
-        count = sum(w > 0 for w in weight) if spec.loss_reduction == "document" else 1
+                message[token] = span
         for row in range(start, start + length):
             if row + 1 < len(document) and weight[row + 1] > 0:
+                of_document = sum(w > 0 for w in weight)
+                of_message = message.count(message[row + 1])
+                count = {"token": 1, "document": of_document, "message": of_message}[spec.loss_reduction]
                 rows.append((len(ids) + row - start, document[row + 1], np.float32(weight[row + 1] / count)))
         ids += document[start : start + length]
     return ids, rows
@@ -225,7 +235,7 @@ def two_stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[SourceStore, S
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), reduction=st.sampled_from(["token", "document"]), num_packs=st.integers(1, 3))
+@given(data=st.data(), reduction=st.sampled_from(["token", "document", "message"]), num_packs=st.integers(1, 3))
 def test_equals_the_labels_of_whole_documents(
     two_stores: tuple[SourceStore, SourceStore], data: st.DataObject, reduction: str, num_packs: int
 ) -> None:

@@ -223,6 +223,7 @@ def test_columns_and_objective_fit_the_format(tmp_path: Path, override: str, par
 
 SILENT = ["data.sources.0.loss_weight=0", "data.sources.1.loss_weight=0"]
 HELD_OUT = "evaluate.sets=[{name: held, path: h.jsonl, generate: 4}]"
+MESSAGE = "train.loss_reduction=message"
 NAMED_TWICE = "evaluate.sets=[{name: held, path: h.jsonl}, {name: held, path: i.jsonl}]"
 UNLINKED = ["evaluate.sets=[{name: held, path: h.jsonl}]", "evaluate.early_stop={patience: 2}"]
 
@@ -235,6 +236,8 @@ UNLINKED = ["evaluate.sets=[{name: held, path: h.jsonl}]", "evaluate.early_stop=
         ([HELD_OUT], "raw text has none"),
         ([NAMED_TWICE], "two sets share a name: 'held'"),
         (UNLINKED, "needs a set whose source is given"),
+        ([MESSAGE, "data.sources.1.supervise=all"], "data.sources.1 learns tokens that belong to no message"),
+        ([MESSAGE, "data.sources.0.objective={kind: fim}"], "data.sources.0 learns tokens that belong to no message"),
     ],
 )
 def test_what_could_teach_or_decide_nothing(tmp_path: Path, overrides: list[str], part: str) -> None:

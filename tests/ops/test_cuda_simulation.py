@@ -12,37 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsft.ops import build, native
+from dsft.ops import build
 from dsft.ops.cross_entropy import launch_rows
 from dsft.ops.reference import IGNORED_TARGET, CrossEntropyRows
 from tests.support.cross_entropy import OPTIONS, Options, assert_close, case, keywords, oracle
-
-SOURCES = sorted((build.source_folder() / "cuda").glob("*.cu"))
-FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-shared", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
-
-
-def compiled(folder: Path, *flags: str, edit: tuple[str, str] | None = None) -> Path:
-    """The simulated library; ``edit``: some text of the row kernel replaced by another."""
-    sources = [str(path) for path in SOURCES]
-    if edit is not None:
-        original = build.source_folder() / "cuda" / "cross_entropy_rows.cu"
-        text = original.read_text()
-        assert edit[0] in text
-        changed = folder / "cross_entropy_rows.cu"
-        changed.write_text(text.replace(*edit))
-        sources = [str(changed)]
-    library = folder / "libsimulated.so"
-    include = ["-I", str(build.source_folder() / "cuda")]
-    command = [build.compiler(), *FLAGS, *include, *flags, *sources, "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    return library
+from tests.support.simulation import ORDERS, SOURCES, compiled, load
 
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return native.with_cuda_types(ctypes.CDLL(str(compiled(tmp_path_factory.mktemp("simulated"), "-O1"))))
+    return load(compiled(tmp_path_factory.mktemp("simulated"), "-O1"))
 
 
 def run(
@@ -133,7 +112,7 @@ def test_infinities_and_equal_logits(simulated: ctypes.CDLL) -> None:
 
 
 def test_more_rows_than_blocks(tmp_path: Path) -> None:
-    library = native.with_cuda_types(ctypes.CDLL(str(compiled(tmp_path, "-O1", edit=("1 << 20", "2")))))
+    library = load(compiled(tmp_path, "-O1", edit=("1 << 20", "2")))
     inputs = case(9, 131)
     inputs[1][[2, 3, 8]] = IGNORED_TARGET
     for order in ORDERS.values():
@@ -159,7 +138,7 @@ def test_no_rows(simulated: ctypes.CDLL) -> None:
 )
 def test_the_tests_bite(tmp_path: Path, edit: tuple[str, str]) -> None:
     """A missing barrier and a wrong index are found in one of the orders."""
-    library = native.with_cuda_types(ctypes.CDLL(str(compiled(tmp_path, "-O1", edit=edit))))
+    library = load(compiled(tmp_path, "-O1", edit=edit))
     inputs = case(3, 2049)
     wrong = 0
     for order in ORDERS.values():
@@ -179,13 +158,22 @@ def test_no_error_under_sanitizers(tmp_path: Path) -> None:
     library = compiled(tmp_path, *flags)
     runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     script = f"""
-import ctypes, torch, tests.ops.test_cuda_simulation as t
-library = t.native.with_cuda_types(ctypes.CDLL({str(library)!r}))
+import pathlib, torch, tests.ops.test_cuda_simulation as t, tests.ops.test_cuda_pack as p
+library = t.load(pathlib.Path({str(library)!r}))
 for order in (0, 1, 2):
     library.dsft_simulation_order(order)
     for vocab in (1, 9, 2049):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             t.run(library, t.case(2, vocab, dtype), t.OPTIONS["all"])
+for order in p.ORDERS:
+    p.test_pack_more_pieces_than_threads(library, 257, order)
+    p.test_expand_more_pieces_and_rows_than_threads(library, order)
+for name in p.pack_cases.ODD:
+    p.test_pack_odd_shapes(library, name)
+for name in p.pack_cases.BAD:
+    p.test_pack_bad_input_has_the_status_of_the_error(library, name)
+for name in p.mask_cases.BAD:
+    p.test_expand_bad_input_has_the_status_of_the_error(library, name)
 print("done")
 """
     environ = {

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from dsft.ops import backend, pack
 from dsft.ops.pack import pack_sequences
 from dsft.ops.reference import PackedRow, pack_sequences_reference
 
-Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int]
-Piece = tuple[int, bool, list[tuple[int, int, float]]]  # tokens, lookahead, spans with weights
+Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int, int | None]
+Piece = tuple[int, bool, list[tuple[int, int]]]  # tokens, lookahead, spans
 
 
 @pytest.fixture(autouse=True)
@@ -23,18 +24,18 @@ def _native() -> None:
     backend.choose("native")
 
 
-def arguments(pieces: list[Piece], row_tokens: int) -> Arguments:
+def arguments(pieces: list[Piece], row_tokens: int, num_rows: int | None = None) -> Arguments:
     counts = [length + lookahead for length, lookahead, _ in pieces]
     spans = [span for *_, of_piece in pieces for span in of_piece]
     return (
         torch.arange(100, 100 + sum(counts), dtype=torch.int32),
         torch.tensor(np.cumsum([0, *counts]), dtype=torch.int64),
         torch.tensor([lookahead for _, lookahead, _ in pieces], dtype=torch.bool),
-        torch.tensor([span[:2] for span in spans], dtype=torch.int32).reshape(-1, 2),
+        torch.tensor(spans, dtype=torch.int32).reshape(-1, 2),
         torch.tensor(np.cumsum([0, *(len(of_piece) for *_, of_piece in pieces)]), dtype=torch.int64),
-        torch.tensor([span[2] for span in spans], dtype=torch.float32),
         row_tokens,
         7,
+        num_rows,
     )
 
 
@@ -52,7 +53,7 @@ def cases(draw: st.DrawFn) -> Arguments:
         targets = length + lookahead
         borders = sorted(draw(st.sets(st.integers(1, targets), max_size=6))) if targets > 1 else []
         pairs = zip(borders[::2], borders[1::2], strict=False)
-        pieces.append((length, lookahead, [(a, b, draw(st.sampled_from([1.0, 0.5, 3.0]))) for a, b in pairs]))
+        pieces.append((length, lookahead, list(pairs)))
     return arguments(pieces, sum(length for length, *_ in pieces) + draw(st.integers(0, 5)))
 
 
@@ -66,10 +67,11 @@ ODD: dict[str, tuple[list[Piece], int]] = {
     "nothing": ([], 0),
     "padding only": ([], 5),
     "one token": ([(1, False, [])], 1),
-    "one token and a lookahead": ([(1, True, [(1, 2, 1.0)])], 1),
-    "full row": ([(3, False, [(1, 3, 1.0)]), (2, False, [(1, 2, 1.0)])], 5),
-    "spans at the borders": ([(4, True, [(1, 2, 1.0), (4, 5, 2.0)]), (4, False, [(3, 4, 1.0)])], 9),
-    "touching spans": ([(6, False, [(1, 3, 1.0), (3, 6, 0.25)])], 6),
+    "one token and a lookahead": ([(1, True, [(1, 2)])], 1),
+    "full row": ([(3, False, [(1, 3)]), (2, False, [(1, 2)])], 5),
+    "spans at the borders": ([(4, True, [(1, 2), (4, 5)]), (4, False, [(3, 4)])], 9),
+    "touching spans": ([(6, False, [(1, 3), (3, 6)])], 6),
+    "empty spans": ([(6, True, [(1, 1), (2, 4), (4, 4), (4, 4), (5, 7), (7, 7)]), (1, False, [(1, 1)])], 8),
     "many short": ([(1, False, [])] * 50, 64),
 }
 
@@ -81,19 +83,18 @@ def test_odd_shapes(name: str) -> None:
 
 
 def test_by_hand() -> None:
-    case = arguments([(3, True, [(1, 4, 0.5)]), (2, False, [(1, 2, 2.0)])], 7)
-    ids, positions, borders, rows, targets, weights, owners = pack_sequences(*case)
+    case = arguments([(3, True, [(1, 4)]), (2, False, [(1, 2)])], 7)
+    ids, positions, borders, rows, targets, owners = pack_sequences(*case)
     assert ids.tolist() == [100, 101, 102, 104, 105, 7, 7]
     assert positions.tolist() == [0, 1, 2, 0, 1, 0, 1]
     assert borders.tolist() == [0, 3, 5, 7]
     assert rows.tolist() == [0, 1, 2, 3]  # row 2 predicts the lookahead token, row 4 nothing
     assert targets.tolist() == [101, 102, 103, 105]
-    assert weights.tolist() == [0.5, 0.5, 0.5, 2.0]
     assert owners.tolist() == [0, 0, 0, 1]
 
 
 def test_rows_without_contiguous_memory() -> None:
-    case = arguments([(6, False, [(1, 2, 1.0), (4, 6, 2.0)])], 8)
+    case = arguments([(6, False, [(1, 2), (4, 6)])], 8)
     strided = (torch.stack([case[0], case[0]], dim=1)[:, 0], *case[1:])
     assert not strided[0].is_contiguous()
     assert_same(pack_sequences(*strided), pack_sequences_reference(*case))
@@ -103,12 +104,12 @@ BAD: dict[str, tuple[list[Piece], int, str]] = {
     "too long": ([(3, False, []), (3, False, [])], 5, "piece 1.*do not fit"),
     "empty piece": ([(3, False, []), (0, False, [])], 5, "piece 1.*no token"),
     "lookahead alone": ([(0, True, [])], 5, "piece 0.*no token"),
-    "token 0 predicted": ([(3, False, [(0, 2, 1.0)])], 5, "piece 0.*span"),
-    "beyond the document": ([(3, False, [(1, 4, 1.0)])], 5, "piece 0.*span"),
-    "beyond the lookahead": ([(3, True, [(1, 5, 1.0)])], 5, "piece 0.*span"),
-    "empty span": ([(3, False, [(2, 2, 1.0)])], 5, "piece 0.*span"),
-    "overlap": ([(3, False, []), (6, False, [(1, 4, 1.0), (3, 5, 1.0)])], 9, "piece 1.*span"),
-    "descending": ([(6, False, [(3, 5, 1.0), (1, 2, 1.0)])], 9, "piece 0.*span"),
+    "token 0 predicted": ([(3, False, [(0, 2)])], 5, "piece 0.*span"),
+    "beyond the document": ([(3, False, [(1, 4)])], 5, "piece 0.*span"),
+    "beyond the lookahead": ([(3, True, [(1, 5)])], 5, "piece 0.*span"),
+    "reversed span": ([(3, False, [(2, 1)])], 5, "piece 0.*span"),
+    "overlap": ([(3, False, []), (6, False, [(1, 4), (3, 5)])], 9, "piece 1.*span"),
+    "descending": ([(6, False, [(3, 5), (1, 2)])], 9, "piece 0.*span"),
 }
 
 
@@ -124,13 +125,22 @@ def test_bad_input_is_refused(name: str, implementation: object) -> None:
 @pytest.mark.parametrize("position", [1, 4])
 @pytest.mark.parametrize("offsets", [[0, 3, 2, 4], [1, 2, 3, 4], [0, 1, 2, 3], [0, 9, 9, 4]])
 def test_bad_offsets_are_refused(position: int, offsets: list[int], implementation: object) -> None:
-    pieces: list[Piece] = [(2, False, [(1, 2, 1.0)]), (1, False, []), (1, False, [])]
+    pieces: list[Piece] = [(2, False, [(1, 2)]), (1, False, []), (1, False, [])]
     if position == 4:
-        pieces = [(9, False, [(1, 2, 1.0), (2, 3, 1.0), (3, 4, 1.0), (4, 5, 1.0)]), (1, False, []), (1, False, [])]
+        pieces = [(9, False, [(1, 2), (2, 3), (3, 4), (4, 5)]), (1, False, []), (1, False, [])]
     case = list(arguments(pieces, 20))
     case[position] = torch.tensor(offsets)
     with pytest.raises(KernelError, match="offsets" if position == 1 else "span_offsets"):
         implementation(*case)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("implementation", [pack_sequences, pack_sequences_reference])
+def test_another_number_of_rows_is_refused(implementation: Callable[..., PackedRow]) -> None:
+    pieces, row_tokens = ODD["spans at the borders"]
+    assert_same(implementation(*arguments(pieces, row_tokens, 3)), implementation(*arguments(pieces, row_tokens)))
+    for wrong in (2, 4):
+        with pytest.raises(KernelError, match="num_rows"):
+            implementation(*arguments(pieces, row_tokens, wrong))
 
 
 def test_opcheck() -> None:
