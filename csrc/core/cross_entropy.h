@@ -113,10 +113,17 @@ DSFT_INLINE A finite_reference(A max) {
   return max == A(-INFINITY) ? A(0) : max;
 }
 
-// exp(z - reference) * (z - reference), 0 where z = -inf. The bound is far below where the exponential is 0.
+// z - reference as a factor of exp(z - reference), so that their product is 0 where z = -inf. The bound is far below where
+// the exponential is 0.
+template <typename A>
+DSFT_INLINE A entropy_factor(A difference) {
+  return difference < A(-1000) ? A(-1000) : difference;
+}
+
+// exp(z - reference) * (z - reference).
 template <typename A>
 DSFT_INLINE A entropy_term(A exponential, A difference) {
-  return exponential * (difference < A(-1000) ? A(-1000) : difference);
+  return exponential * entropy_factor(difference);
 }
 
 // The state's sums relative to a larger maximum.

@@ -40,10 +40,11 @@ DSFT_INLINE void load_block(const S* logits, int64_t count, const LossOptions<A>
   }
 }
 
-// Lanes written out: the compiler makes no vector of a maximum over numbers that may be NaN.
+// Lanes are written out: the compiler makes no vectors of a maximum over numbers that may be NaN, nor of these sums.
+constexpr int64_t kLanes = 32;
+
 template <typename A>
 DSFT_INLINE A max_of(const A* values, int64_t count) {
-  constexpr int64_t kLanes = 16;
   A lanes[kLanes], max = A(-INFINITY);
   for (int64_t l = 0; l < kLanes; ++l) lanes[l] = A(-INFINITY);
   int64_t i = 0;
@@ -56,26 +57,45 @@ DSFT_INLINE A max_of(const A* values, int64_t count) {
   return max;
 }
 
+// Sum of left[i] * right[i].
 template <typename A>
-DSFT_INLINE SoftmaxState<double> block_state(const A* values, int64_t count) {
-  A sum = 0, weighted = 0;
-  const A max = max_of(values, count);
-  const A reference = finite_reference(max);
-#pragma omp simd reduction(+ : sum, weighted)
-  for (int64_t i = 0; i < count; ++i) {
-    const A difference = values[i] - reference, exponential = exp_nonpositive(difference);
-    sum += exponential;
-    weighted += entropy_term(exponential, difference);
+DSFT_INLINE A dot_of(const A* left, const A* right, int64_t count) {
+  A lanes[kLanes] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += left[i + l] * right[i + l];
   }
-  return {max, sum, weighted, 0, INT64_MAX};
+  for (; i < count; ++i) sum += left[i] * right[i];
+  for (int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
+  return sum;
 }
 
 template <typename A>
-DSFT_INLINE double sum_of(const A* values, int64_t count) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += values[i];
+DSFT_INLINE A sum_of(const A* values, int64_t count) {
+  A lanes[kLanes] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += values[i + l];
+  }
+  for (; i < count; ++i) sum += values[i];
+  for (int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
   return sum;
+}
+
+template <typename A>
+DSFT_INLINE SoftmaxState<double> block_state(const A* values, int64_t count) {
+  A differences[kBlock], exponentials[kBlock];
+  const A max = max_of(values, count);
+  const A reference = finite_reference(max);
+  // Two loops: where this bound and that inside exp_nonpositive meet, the compiler makes branches and no vectors.
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) differences[i] = entropy_factor(values[i] - reference);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) exponentials[i] = exp_nonpositive(differences[i]);
+  const A sum = sum_of(exponentials, count), weighted = dot_of(exponentials, differences, count);
+  return {max, sum, weighted, 0, INT64_MAX};
 }
 
 template <typename A>

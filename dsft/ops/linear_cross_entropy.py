@@ -143,10 +143,18 @@ def _backward(ctx: Any, loss_gradient: torch.Tensor | None, *_: None) -> tuple[t
         return (None,) * 11
     # Scaled on the device, always: asking whether the factor is 1 would make the host wait.
     scaled = (
-        (saved * loss_gradient).to(ctx.dtype) if wanted else None
+        _scaled(saved, loss_gradient, ctx.dtype) if wanted else None
         for saved, wanted in zip(ctx.saved_tensors, ctx.wants_gradient, strict=True)
     )
     return (*scaled, *[None] * 8)
+
+
+def _scaled(saved: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``saved * factor``: in place if this is its last use, so that no second gradient of the weight's size is made."""
+    is_traced = type(saved) is not torch.Tensor  # by torch.compile, which does so itself
+    if is_traced or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (saved * factor).to(dtype)
+    return saved.mul_(factor).to(dtype)
 
 
 torch.library.register_fake("dsft::masked_linear_cross_entropy", _forward_fake)

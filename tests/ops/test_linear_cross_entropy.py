@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dsft.errors import KernelError
@@ -195,6 +197,35 @@ def test_activation_checkpointing_recomputes_the_same() -> None:
 
     again = torch.autograd.grad(checkpoint(loss, case.hidden, use_reentrant=False), case.leaves())
     assert all(torch.equal(*pair) for pair in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("num_chunks", [1, 4])
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(num_chunks: int) -> None:
+    case = make_case()
+    loss = masked_linear_cross_entropy(*case.arguments(), logits_bytes=chunks(num_chunks, len(case.rows))).loss * 3.0
+    first = [leaf.clone() for leaf in torch.autograd.grad(loss, case.leaves(), retain_graph=True)]
+    second = torch.autograd.grad(loss, case.leaves(), retain_graph=True)
+    loss.backward()
+    for expected, again, leaf in zip(first, second, case.leaves(), strict=True):
+        assert torch.equal(again, expected)
+        assert torch.equal(leaf.grad, expected)
+
+
+def test_the_last_backward_makes_no_second_gradient_of_the_weights_size() -> None:
+    case = make_case()
+    made: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.numel() == case.weight.numel():
+                made.append(result.data_ptr())
+            return result
+
+    loss = masked_linear_cross_entropy(*case.arguments()).loss
+    with Sizes():
+        loss.backward()
+    assert set(made) == {case.weight.grad.data_ptr()}
 
 
 def test_results_for_evaluation() -> None:
