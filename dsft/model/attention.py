@@ -165,7 +165,7 @@ def _kernel_attention(
     options: dict[str, Any] = {}
     if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
-    elif groups > 1:  # torch before 2.13
+    elif groups > 1:  # torch 2.11
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     left = -1 if sliding_window is None else sliding_window - 1
     output = varlen_attn(

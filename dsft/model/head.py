@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dsft.ops.linear_cross_entropy import LOGITS_BYTES, masked_linear_cross_entropy
+from dsft.ops.linear_cross_entropy import masked_linear_cross_entropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class MaskedLMHead(nn.Module):
         self.weight = weight
         self.register_parameter("bias", bias)
         self.transform = transform
-        self.logits_bytes = LOGITS_BYTES
+        self.logits_bytes: int | None = None
 
     def forward(
         self,

@@ -145,8 +145,8 @@ def _check(
         problem = "a row of logits must be contiguous"
     elif targets.dtype != torch.int64 or targets.shape != number:
         problem = "targets must be int64, one a row"
-    elif row_weight.dtype != _result_dtype(logits) or row_weight.shape != number:
-        problem = f"row_weight must be {_result_dtype(logits)}, one a row"
+    elif row_weight.dtype != result_dtype(logits) or row_weight.shape != number:
+        problem = f"row_weight must be {result_dtype(logits)}, one a row"
     elif scale <= 0 or (soft_cap is not None and soft_cap <= 0):
         problem = f"scale {scale} and soft_cap {soft_cap} must be positive"
     if problem is not None:
@@ -172,12 +172,13 @@ def _rows_fake(
 torch.library.register_fake("dsft::masked_cross_entropy_rows_", _rows_fake)
 
 
-def _result_dtype(logits: torch.Tensor) -> torch.dtype:
+def result_dtype(logits: torch.Tensor) -> torch.dtype:
+    """What sums over logits, or products with such weights, are kept in: float64 for float64, else float32."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _empty_results(logits: torch.Tensor) -> CrossEntropyRows:
-    rows, dtype = logits.shape[0], _result_dtype(logits)
+    rows, dtype = logits.shape[0], result_dtype(logits)
     return (
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),

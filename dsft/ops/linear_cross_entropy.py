@@ -13,10 +13,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-import dsft.ops.cross_entropy  # noqa: F401  (registers torch.ops.dsft.masked_cross_entropy_rows_)
+from dsft.ops.cross_entropy import result_dtype
 
-LOGITS_BYTES = 256 * 2**20
-"""fp32 logits that exist at once. Fixed, never taken from free memory, so that a run's arithmetic is reproducible."""
+LOGITS_BYTES = {"cpu": 2**28, "cuda": 2**31}
+"""Logits that exist at once, counted as fp32, by type of device. Fixed, never taken from free memory, so that a run's
+arithmetic is reproducible. On CUDA so many that summing the weight's gradient in fp32 (read and written once a chunk) is
+small beside a chunk's products: 4,096 rows at a vocabulary of 128 k."""
+
+_ALIGNED_COLUMNS = 8
+"""Rows of logits begin at a multiple of 16 bytes also in bf16, where cuBLAS is fast."""
 
 
 class MaskedLoss(NamedTuple):
@@ -46,10 +51,6 @@ torch.library.define(
 )
 
 
-def _result_dtype(weight: torch.Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 @torch.library.impl("dsft::masked_linear_cross_entropy", "CompositeExplicitAutograd")
 def _forward(
     hidden: torch.Tensor,
@@ -64,7 +65,7 @@ def _forward(
     chunk_rows: int,
     wants_gradient: Sequence[bool],
 ) -> tuple[torch.Tensor, ...]:
-    num_rows, dtype = hidden.shape[0], _result_dtype(weight)
+    num_rows, dtype = hidden.shape[0], result_dtype(weight)
     hidden_gradient = torch.empty_like(hidden) if wants_gradient[0] else hidden.new_empty(0)
     # One chunk is one product in the weight's own type; sums over chunks are kept in fp32.
     one_chunk = 0 < num_rows <= chunk_rows
@@ -77,7 +78,7 @@ def _forward(
     correct = weight.new_empty(num_rows, dtype=torch.bool)
     for start in range(0, num_rows, chunk_rows):
         chunk = slice(start, start + chunk_rows)
-        logits = F.linear(hidden[chunk], weight, bias)
+        logits = _logits(hidden[chunk], weight, bias)
         loss, nll[chunk], log_normaliser[chunk], entropy[chunk], correct[chunk] = (
             torch.ops.dsft.masked_cross_entropy_rows_(
                 logits, targets[chunk], row_weight[chunk], scale, soft_cap, label_smoothing, z_loss, any(wants_gradient)
@@ -93,7 +94,18 @@ def _forward(
         elif wants_gradient[1]:
             _add_product_(weight_gradient, logits.t(), hidden[chunk])
     results = (loss_sum.to(dtype), nll, log_normaliser, entropy, correct)
-    return (*results, hidden_gradient, weight_gradient, bias_gradient)
+    return (*results, hidden_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(weight.dtype))
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``hidden @ weight.T + bias``; rows of an odd vocabulary are padded in memory, not in shape."""
+    vocab = weight.shape[0]
+    if vocab % _ALIGNED_COLUMNS == 0:
+        return F.linear(hidden, weight, bias)
+    logits = hidden.new_empty(hidden.shape[0], vocab + -vocab % _ALIGNED_COLUMNS)[:, :vocab]
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=logits)
+    return torch.addmm(bias, hidden, weight.t(), out=logits)
 
 
 def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -101,7 +113,7 @@ def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) 
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif left.is_cuda:
-        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:  # the CPU's matrix product has no wider output type
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
@@ -119,20 +131,19 @@ def _forward_fake(
     chunk_rows: int,
     wants_gradient: Sequence[bool],
 ) -> tuple[torch.Tensor, ...]:
-    num_rows, dtype = hidden.shape[0], _result_dtype(weight)
-    sum_dtype = weight.dtype if 0 < num_rows <= chunk_rows else dtype
+    num_rows, dtype = hidden.shape[0], result_dtype(weight)
     return (
         weight.new_empty((), dtype=dtype),
         *(weight.new_empty(num_rows, dtype=dtype) for _ in range(3)),
         weight.new_empty(num_rows, dtype=torch.bool),
         torch.empty_like(hidden) if wants_gradient[0] else hidden.new_empty(0),
-        torch.empty_like(weight, dtype=sum_dtype) if wants_gradient[1] else weight.new_empty(0),
-        weight.new_empty(weight.shape[0] if wants_gradient[2] else 0, dtype=dtype),
+        torch.empty_like(weight) if wants_gradient[1] else weight.new_empty(0),
+        weight.new_empty(weight.shape[0] if wants_gradient[2] else 0),
     )
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.wants_gradient, ctx.dtype = inputs[-1], inputs[1].dtype
+    ctx.wants_gradient = inputs[-1]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else backward would fill zeros for each of them, also of the weight's size
     ctx.save_for_backward(*output[5:])
@@ -141,20 +152,21 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
 def _backward(ctx: Any, loss_gradient: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
     if loss_gradient is None:
         return (None,) * 11
-    # Scaled on the device, always: asking whether the factor is 1 would make the host wait.
+    # Scaled on the device, always: asking whether the factor is 1 would make the host wait. A training step scales the
+    # row weights instead, so that here the factor is 1 and half-precision gradients are rounded once.
     scaled = (
-        _scaled(saved, loss_gradient, ctx.dtype) if wanted else None
+        _scaled(saved, loss_gradient) if wanted else None
         for saved, wanted in zip(ctx.saved_tensors, ctx.wants_gradient, strict=True)
     )
     return (*scaled, *[None] * 8)
 
 
-def _scaled(saved: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _scaled(saved: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """``saved * factor``: in place if this is its last use, so that no second gradient of the weight's size is made."""
     is_traced = type(saved) is not torch.Tensor  # by torch.compile, which does so itself
     if is_traced or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (saved * factor).to(dtype)
-    return saved.mul_(factor).to(dtype)
+        return saved * factor
+    return saved.mul_(factor)
 
 
 torch.library.register_fake("dsft::masked_linear_cross_entropy", _forward_fake)
@@ -173,7 +185,7 @@ def masked_linear_cross_entropy(
     soft_cap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    logits_bytes: int = LOGITS_BYTES,
+    logits_bytes: int | None = None,
 ) -> MaskedLoss:
     """Cross-entropy of some rows of ``hidden @ weight.T + bias``, without computing any other row.
 
@@ -187,7 +199,7 @@ def masked_linear_cross_entropy(
         rows: int64[n], positions in the flattened leading dimensions of hidden; targets: int64[n], columns or
             IGNORED_TARGET; row_weight: float32[n].
         scale, soft_cap, label_smoothing, z_loss: as in ``masked_cross_entropy_rows_``.
-        logits_bytes: size of a chunk's logits, counted as fp32.
+        logits_bytes: size of a chunk's logits, counted as fp32; None: LOGITS_BYTES of the device.
 
     Raises:
         KernelError: shapes or dtypes that do not fit; on the CPU, a target that is no column.
@@ -195,17 +207,18 @@ def masked_linear_cross_entropy(
     supervised = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(weight.dtype)
     leaves = (supervised, weight, bias)
     wants_gradient = [leaf is not None and torch.is_grad_enabled() and leaf.requires_grad for leaf in leaves]
+    budget_bytes = LOGITS_BYTES[weight.device.type] if logits_bytes is None else logits_bytes
     results = torch.ops.dsft.masked_linear_cross_entropy(
         supervised,
         weight,
         bias,
         targets,
-        row_weight.to(_result_dtype(weight)),
+        row_weight.to(result_dtype(weight)),
         scale,
         soft_cap,
         label_smoothing,
         z_loss,
-        max(1, logits_bytes // (4 * weight.shape[0])),
+        max(1, budget_bytes // (4 * weight.shape[0])),
         wants_gradient,
     )
     return MaskedLoss(*results[:5])

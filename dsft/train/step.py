@@ -44,7 +44,8 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, then one update.
 
-    Each micro-batch's loss is sum(row_weight * nll) * R / N (a router loss is weighted by document tokens). ZeRO
+    Each micro-batch's loss is sum(row_weight * R / N * nll) (a router loss is weighted by document tokens): the factor is
+    in the weights, so that the head's gradients, made in the forward, are rounded to half precision once. ZeRO
     averages gradients over the R ranks, so their sum over micro-batches and ranks is the gradient of the weighted mean,
     whatever R, packing and accumulation are.
     A loss that is not finite is turned into NaN gradients: after ZeRO's reduction every rank sees a NaN norm and
@@ -63,8 +64,9 @@ def train_step(
     aux_scale = num_ranks / agreed.num_tokens
     for micro_batch in batch.micro_batches:
         _seed_generators(seed, step, micro_batch)
-        output = engine(**model_inputs(micro_batch, device))
-        loss = output.loss * scale + output.aux_loss * aux_scale
+        inputs = model_inputs(micro_batch, device)
+        output = engine(**{**inputs, "row_weight": inputs["row_weight"] * scale})
+        loss = output.loss + output.aux_loss * aux_scale
         engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan), scale_wrt_gas=False)
         _add_by_source(source_loss, micro_batch, output.row_nll)
     for group in engine.optimizer.param_groups:

@@ -162,8 +162,9 @@ def test_attention_sinks_are_refused_by_name() -> None:
         wrapped(**random_row().inputs())
 
 
-def test_the_kernel_path_is_given_what_it_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CUDA kernel cannot run here; a stand-in that follows its documentation takes its place."""
+@pytest.mark.parametrize("has_gqa", [True, False], ids=["torch 2.12", "torch 2.11"])
+def test_the_kernel_path_is_given_what_it_documents(monkeypatch: pytest.MonkeyPatch, has_gqa: bool) -> None:
+    """Where the CUDA kernel cannot run, a stand-in that follows its documentation takes its place."""
     import torch.nn.attention.varlen as varlen
 
     calls = []
@@ -186,7 +187,10 @@ def test_the_kernel_path_is_given_what_it_documents(monkeypatch: pytest.MonkeyPa
             out[start:end] = torch.einsum("hqk,khd->qhd", weights, v[start:end])
         return out
 
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    def without_gqa(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
+        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn if has_gqa else without_gqa)
     for name, window in (("mistral", (4, 0)), ("llama", (-1, 0)), ("phi", (-1, 0))):
         reference = tiny_model(name)
         wrapped = PackedCausalLM(copy_of(reference), use_kernel=True)
@@ -210,6 +214,12 @@ def test_the_kernel_path_never_reads_the_device() -> None:
 def test_the_kernel_path_refuses_soft_caps() -> None:
     wrapped = PackedCausalLM(tiny_model("gemma2"), use_kernel=True)
     with pytest.raises(ModelError, match=r"model\.attention to sdpa"):
+        wrapped(**random_row().inputs())
+
+
+def test_the_kernel_path_refuses_dropout() -> None:
+    wrapped = PackedCausalLM(tiny_model("llama", attention_dropout=0.1), use_kernel=True).train()
+    with pytest.raises(ModelError, match="dropout"):
         wrapped(**random_row().inputs())
 
 
