@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from ctypes import CDLL
 from typing import Literal
 
@@ -16,33 +17,34 @@ Backend = Literal["native", "reference"]
 
 _chosen: Backend | None = None
 _asked: Kernels = "auto"
-_cuda_fails = False
+_cuda: CDLL | None = None
+_cuda_is_chosen = False
 
 
-def choose(kernels: Kernels) -> Backend:
-    """Choose the backend of all operations of this process and log it.
+def choose(kernels: Kernels, device_type: str = "cpu") -> Backend:
+    """Choose the backend of all operations of this process, build what is missing, and log the choice.
 
     Args:
-        kernels: native: the built library, or an error; reference: Python; auto: native, and where that cannot be had,
-            the reference with a loud warning.
+        kernels: native: the built libraries, or an error; reference: Python; auto: native, and where that cannot be
+            had, the reference with a loud warning.
+        device_type: cuda: the library for the GPU too, now rather than in the first forward (a build takes minutes).
+
+    Returns:
+        The backend of operations on CPU tensors.
 
     Raises:
         KernelError: native kernels were asked for and cannot be built or loaded (with the compiler's output).
     """
-    global _chosen, _asked, _cuda_fails
-    _asked, _cuda_fails = kernels, False
+    global _chosen, _asked, _cuda_is_chosen
+    _asked, _cuda_is_chosen = kernels, False
     chosen: Backend = "reference"
-    if kernels != "reference":
-        try:
-            load_cpu_library()
-            chosen = "native"
-        except (KernelError, SaveError) as error:
-            if kernels == "native":
-                raise
-            logger.warning("SLOW: dsft's operations run as their Python reference, not natively: %s", error)
+    if kernels != "reference" and _loaded(load_cpu_library, "dsft's operations") is not None:
+        chosen = "native"
     if chosen != _chosen:
         logger.info("dsft's operations: %s (kernels: %s)", chosen, kernels)
     _chosen = chosen
+    if device_type == "cuda":
+        cuda_library()
     return chosen
 
 
@@ -57,14 +59,25 @@ def cuda_library() -> CDLL | None:
     Raises:
         KernelError: native kernels were asked for, and the library cannot be built or loaded.
     """
-    global _cuda_fails
-    if current() == "reference" or _cuda_fails:
-        return None
+    global _cuda, _cuda_is_chosen
+    current()
+    if not _cuda_is_chosen:
+        _cuda = None
+        if _asked != "reference":
+            _cuda = _loaded(load_cuda_library, "dsft's operations on the GPU")
+        _cuda_is_chosen = True
+        logger.info(
+            "dsft's operations on the GPU: %s (kernels: %s)", "native" if _cuda is not None else "reference", _asked
+        )
+    return _cuda
+
+
+def _loaded(load: Callable[[], CDLL], what: str) -> CDLL | None:
+    """The library, or None after a loud warning where the reference may take its place."""
     try:
-        return load_cuda_library()
+        return load()
     except (KernelError, SaveError) as error:
         if _asked == "native":
             raise
-        _cuda_fails = True
-        logger.warning("SLOW: dsft's operations on the GPU run as their Python reference, not natively: %s", error)
+        logger.warning("SLOW: %s run as their Python reference, not natively: %s", what, error)
         return None

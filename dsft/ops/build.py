@@ -26,7 +26,11 @@ from dsft.errors import KernelError
 
 logger = logging.getLogger(__name__)
 
+PREBUILT_FOLDER = "_lib"
+"""Inside the package, in a wheel."""
 CPU_LIBRARY = "libdsft_cpu.so"
+CPU_ARCHITECTURES = ("x86-64", "x86-64-v3", "x86-64-v4")
+"""Versions of the loss's loops in one library on x86-64 with GCC (DSFT_CLONES in csrc/cpu); elsewhere the plain one."""
 # No -march=native: one home folder, and so one cache, often serves hosts with different processors.
 _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"),
@@ -103,22 +107,28 @@ def cuda_compiler() -> str:
     )
 
 
+def prebuilt(name: str) -> Path | None:
+    """The library of this name that came with the wheel; None where there is none."""
+    path = Path(__file__).resolve().parents[1] / PREBUILT_FOLDER / name
+    return path if path.exists() else None
+
+
 def cpu_library_path() -> Path:
-    """Where the library of these sources, flags and compiler is, or will be.
+    """Where the library that came with the wheel is; else where that of these sources, flags and compiler will be.
 
     Raises:
         KernelError: no sources or no compiler.
     """
-    return _path(CPU_LIBRARY, compiler(), _FLAGS, "cpu")
+    return prebuilt(CPU_LIBRARY) or _path(CPU_LIBRARY, compiler(), _FLAGS, "cpu")
 
 
 def cuda_library_path() -> Path:
-    """Where the CUDA library of these sources, flags and nvcc is, or will be.
+    """Where the CUDA library that came with the wheel is; else where that of these sources, flags and nvcc will be.
 
     Raises:
         KernelError: no sources or no nvcc.
     """
-    return _path(CUDA_LIBRARY, cuda_compiler(), _CUDA_FLAGS, "cuda")
+    return prebuilt(CUDA_LIBRARY) or _path(CUDA_LIBRARY, cuda_compiler(), _CUDA_FLAGS, "cuda")
 
 
 def _path(name: str, program: str, flags: tuple[str, ...], subfolder: str) -> Path:
@@ -139,7 +149,7 @@ def build_cpu_library() -> Path:
         KernelError: it cannot be built (with the compiler's output), or the cache folder is another user's.
         SaveError: the cache folder cannot be written.
     """
-    return _built(cpu_library_path(), compiler(), _FLAGS, "cpu/*.cpp")
+    return prebuilt(CPU_LIBRARY) or _built(cpu_library_path(), compiler(), _FLAGS, "cpu/*.cpp")
 
 
 def build_cuda_library() -> Path:
@@ -149,7 +159,19 @@ def build_cuda_library() -> Path:
         KernelError: no nvcc, it cannot be built (with nvcc's output), or the cache folder is another user's.
         SaveError: the cache folder cannot be written.
     """
-    return _built(cuda_library_path(), cuda_compiler(), _CUDA_FLAGS, "cuda/*.cu")
+    return prebuilt(CUDA_LIBRARY) or _built(cuda_library_path(), cuda_compiler(), _CUDA_FLAGS, "cuda/*.cu")
+
+
+def build_ahead(folder: Path, *, cuda: bool) -> None:
+    """Build into a folder that becomes ``dsft/_lib`` of a wheel.
+
+    Raises:
+        KernelError: no compiler, or it fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _build(folder / CPU_LIBRARY, compiler(), _FLAGS, sorted(source_folder().glob("cpu/*.cpp")))
+    if cuda:
+        _build(folder / CUDA_LIBRARY, cuda_compiler(), _CUDA_FLAGS, sorted(source_folder().glob("cuda/*.cu")))
 
 
 def _built(library: Path, program: str, flags: tuple[str, ...], pattern: str) -> Path:

@@ -17,8 +17,8 @@ from dsft.ops.cross_entropy import result_dtype
 
 LOGITS_BYTES = {"cpu": 2**28, "cuda": 2**31}
 """Logits that exist at once, counted as fp32, by type of device. Fixed, never taken from free memory, so that a run's
-arithmetic is reproducible. On CUDA so many that summing the weight's gradient in fp32 (read and written once a chunk) is
-small beside a chunk's products: 4,096 rows at a vocabulary of 128 k."""
+arithmetic is reproducible. On CUDA so many that summing the weight's gradient in fp32 (read and written once a chunk)
+is small beside a chunk's products: 4,096 rows at a vocabulary of 128 k."""
 
 _ALIGNED_COLUMNS = 8
 """Rows of logits begin at a multiple of 16 bytes also in bf16, where cuBLAS is fast."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft.errors import KernelError
-from dsft.ops.build import build_cpu_library, build_cuda_library
+from dsft.ops.build import CUDA_ARCHITECTURES, build_cpu_library, build_cuda_library
 
 _POINTER, _INT64, _INT32, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
 
@@ -55,9 +55,17 @@ def load_cuda_library() -> ctypes.CDLL:
     """``libdsft_cuda.so`` with its functions' types, built if need be.
 
     Raises:
-        KernelError: it cannot be built or loaded.
+        KernelError: it cannot be built or loaded, or the current device is older than all that it is built for.
         SaveError: the cache folder cannot be written.
     """
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor < int(CUDA_ARCHITECTURES[0]):
+        raise KernelError(
+            f"{torch.cuda.get_device_name()} is an sm_{major}{minor}; dsft's CUDA operations need "
+            f"sm_{CUDA_ARCHITECTURES[0]} (Ampere) or newer. Set kernels: reference."
+        )
     return with_cuda_types(_load(build_cuda_library()))
 
 

@@ -115,7 +115,7 @@ def start(config: RunConfig, options: Options, *, local_rank_argument: int | Non
     deepspeed_config = build_deepspeed_config(config, world.size, device_type)
     cpu_adam = setup.is_offloaded(deepspeed_config)
     prepare_deepspeed_ops(needed_ops(device_type, cpu_adam=cpu_adam), device_type)
-    choose_kernels(config.kernels)
+    choose_kernels(config.kernels, device_type)
     phases.done("op_build_seconds")
     groups = dist.init(world, device_type)
     phases.done("process_group_seconds")

@@ -44,8 +44,8 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, then one update.
 
-    Each micro-batch's loss is sum(row_weight * R / N * nll) (a router loss is weighted by document tokens): the factor is
-    in the weights, so that the head's gradients, made in the forward, are rounded to half precision once. ZeRO
+    Each micro-batch's loss is sum(row_weight * R / N * nll) (a router loss is weighted by document tokens): the factor
+    is in the weights, so that the head's gradients, made in the forward, are rounded to half precision once. ZeRO
     averages gradients over the R ranks, so their sum over micro-batches and ranks is the gradient of the weighted mean,
     whatever R, packing and accumulation are.
     A loss that is not finite is turned into NaN gradients: after ZeRO's reduction every rank sees a NaN norm and

@@ -147,9 +147,26 @@ def test_a_folder_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_command_line(tmp_path: Path) -> None:
     runner = CliRunner()
     before = json.loads(runner.invoke(command, ["info", "--json"], catch_exceptions=False).output)
-    assert before["built"] is False
-    built = runner.invoke(command, ["build"], catch_exceptions=False)
+    assert before["libraries"]["cpu"]["built"] is False
+    built = runner.invoke(command, ["build", "--device", "cpu"], catch_exceptions=False)
     assert built.exit_code == 0
-    assert before["library"] in built.output
+    assert before["libraries"]["cpu"]["path"] in built.output
     after = runner.invoke(command, ["info"], catch_exceptions=False)
-    assert "built     True" in after.output
+    assert f"built: {before['libraries']['cpu']['path']}" in after.output
+
+
+def test_info_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    found = CliRunner().invoke(command, ["info"], catch_exceptions=False).output
+    assert "nvcc was not found" in found
+    assert "reference: no C++ compiler" in found
+
+
+def test_a_library_that_came_with_the_wheel_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build.build_ahead(tmp_path / "dsft" / build.PREBUILT_FOLDER, cuda=False)
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "dsft" / "ops" / "build.py"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.build_cpu_library() == tmp_path / "dsft" / "_lib" / "libdsft_cpu.so"
+    assert backend.choose("native") == "native"

@@ -89,16 +89,19 @@ def test_the_wheel_holds_sources_types_and_no_tests(wheel: Path) -> None:
     }
     assert {name.removeprefix("dsft/_csrc/") for name in names if name.startswith("dsft/_csrc/")} == sources
     package = [file for file in (REPOSITORY / "dsft").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
-    inside = {name for name in names if name.startswith("dsft/") and not name.startswith("dsft/_csrc/")}
+    inside = {name for name in names if name.startswith("dsft/") and not name.startswith(("dsft/_csrc/", "dsft/_lib/"))}
     assert inside == {str(file.relative_to(REPOSITORY)) for file in package}
+    assert [name for name in names if name.startswith("dsft/_lib/")] == ["dsft/_lib/libdsft_cpu.so"]
+    assert wheel.name.startswith("dsft-")
+    assert "-py3-none-linux_" in wheel.name
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "benchmarks/", "build/"))]
 
 
 def test_the_installed_wheel_trains_a_step(installed: Path, tmp_path: Path) -> None:
     where = checked(installed, "-c", "import dsft; print(dsft.__file__)", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(installed.parents[1])
-    built = checked(installed, "-m", "dsft", "ops", "build", cwd=tmp_path)
-    assert "libdsft_cpu.so" in built
+    built = checked(installed, "-m", "dsft", "ops", "build", cwd=tmp_path, PATH="", CXX="")  # needs no compiler
+    assert "dsft/_lib/libdsft_cpu.so" in built
 
     tiny_tokenizer_folder(tmp_path)
     words = "a step of training from an installed wheel needs no checkout of the repository at all " * 5

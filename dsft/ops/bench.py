@@ -1,0 +1,204 @@
+"""The loss beside every other one that is installed: time, peak memory, useful TFLOP/s and error: ``dsft ops bench``.
+
+All sides compute the mean loss over the same supervised tokens, forward and backward, in one process, one after the
+other. Useful work is 6 n H V floating-point operations for n supervised tokens; what a side spends on masked ones is
+not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dsft.ops.linear_cross_entropy import masked_linear_cross_entropy
+
+IGNORED = -100
+REPETITIONS = 5
+ERROR_TOKENS, ERROR_VOCAB = 1024, 32_768
+"""Errors are measured once a side and distribution, on CUDA at this size."""
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(hidden [N, H], weight [V, H], targets int64[N] with -100 where masked) -> mean loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """One cell of the table. ``logits``: flat (of a new model) or trained (most targets are likely)."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+    masked: float
+    logits: str
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What one side did at one size; ``problem`` where it could not.
+
+    Attributes:
+        milliseconds: median of ``REPETITIONS`` forwards and backwards.
+        peak_bytes: most memory allocated beside inputs, CUDA only.
+        useful_tflops: 6 n H V / time.
+    """
+
+    side: str
+    size: Size
+    milliseconds: float | None = None
+    peak_bytes: int | None = None
+    useful_tflops: float | None = None
+    problem: str | None = None
+
+
+def sizes(device_type: str) -> list[Size]:
+    """The table: on CUDA a model of hidden size 4,096, the most telling cells first; on the CPU what takes seconds."""
+    if device_type == "cpu":
+        return [Size(512, 256, vocab, masked, "flat") for vocab in (8_192, 32_000) for masked in (0.0, 0.5, 0.9)]
+    cells = [
+        Size(tokens, 4096, vocab, masked, "trained")
+        for tokens in (8192, 16_384, 65_536)
+        for vocab in (32_768, 131_072, 262_144)
+        for masked in (0.0, 0.5, 0.9)
+    ]
+    flat = [Size(8192, 4096, vocab, masked, "flat") for vocab in (131_072, 50_257) for masked in (0.0, 0.9)]
+    return flat + cells
+
+
+def sides() -> dict[str, Loss]:
+    """dsft's loss, torch's, and those of the peers that are installed."""
+    found: dict[str, Loss] = {"dsft": _dsft, "torch eager": _torch_eager}
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None) or getattr(F, "LinearCrossEntropyOptions", None)
+    if hasattr(F, "linear_cross_entropy"):
+        keywords = {} if options is None else {"options": options()}
+        found["torch linear_cross_entropy"] = lambda hidden, weight, targets: F.linear_cross_entropy(
+            hidden, weight, targets, **keywords
+        )
+    liger = _installed("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
+    if liger is not None:
+        found["Liger"] = lambda hidden, weight, targets: liger()(weight, hidden, targets)
+    cce = _installed("cut_cross_entropy", "linear_cross_entropy")
+    if cce is not None:
+        found.update({f"Apple {name}": partial(cce, impl=name) for name in ("cce", "cce_exact")})
+    return found
+
+
+def _installed(module: str, attribute: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), attribute, None)
+    except ImportError:
+        return None
+
+
+def _dsft(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    rows = torch.nonzero(targets != IGNORED)[:, 0]  # in training the loader knows them
+    row_weight = torch.full(rows.shape, 1.0 / max(1, len(rows)), device=hidden.device)
+    return masked_linear_cross_entropy(hidden, weight, None, rows, targets[rows], row_weight).loss
+
+
+def _torch_eager(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), targets)
+
+
+def inputs(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, weight (leaves) and targets."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    weight = torch.randn(size.vocab, size.hidden, generator=generator, device=device, dtype=dtype) * size.hidden**-0.5
+    hidden = torch.randn(size.tokens, size.hidden, generator=generator, device=device, dtype=dtype)
+    targets = torch.randint(0, size.vocab, (size.tokens,), generator=generator, device=device)
+    if size.logits == "trained":  # a target's logit is some 12 above the others' mean
+        hidden = 0.5 * hidden + 12.0 * weight[targets]
+    targets[torch.rand(size.tokens, generator=generator, device=device) < size.masked] = IGNORED
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def measure(device: torch.device, budget_seconds: float) -> Iterator[Figure]:
+    """The table's figures, until the budget is spent; what was not measured says so."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    began = time.perf_counter()
+    for size in sizes(device.type):
+        if time.perf_counter() - began > budget_seconds:
+            yield Figure("all", size, problem="not measured: the time is spent")
+            continue
+        case = inputs(size, device, dtype)
+        for name, loss in sides().items():
+            yield _figure(name, loss, size, case)
+        del case
+
+
+def _figure(name: str, loss: Loss, size: Size, case: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Figure:
+    hidden, weight, targets = case
+    on_cuda = hidden.is_cuda
+
+    def once() -> None:
+        torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
+
+    try:
+        before = torch.cuda.memory_allocated() if on_cuda else 0
+        once()  # compiles, allocates
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        once()
+        peak = torch.cuda.max_memory_allocated() - before if on_cuda else None
+        seconds = statistics.median(_seconds(once, on_cuda) for _ in range(REPETITIONS))
+    except torch.OutOfMemoryError:
+        return Figure(name, size, problem="out of memory")
+    except Exception as error:  # noqa: BLE001  (a peer's failure is its figure; dsft's own is no less visible)
+        return Figure(name, size, problem=f"{type(error).__name__}: {str(error)[:200]}")
+    finally:
+        if on_cuda:
+            torch.cuda.empty_cache()
+    num_rows = int((targets != IGNORED).sum())
+    useful = 6.0 * num_rows * size.hidden * size.vocab / seconds / 1e12
+    return Figure(name, size, 1e3 * seconds, peak, useful)
+
+
+def _seconds(call: Callable[[], None], on_cuda: bool) -> float:
+    if not on_cuda:
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3
+
+
+def errors(device: torch.device) -> list[dict[str, Any]]:
+    """Relative error (Frobenius norm) of each side's gradients of hidden states and weight, half of the tokens masked.
+
+    Against torch eager in fp32 on CUDA, in fp64 on the CPU.
+    """
+    dtype, exact = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32, torch.float64)
+    found = []
+    for logits in ("flat", "trained"):
+        tokens, vocab = (ERROR_TOKENS, ERROR_VOCAB) if device.type == "cuda" else (256, 4096)
+        hidden, weight, targets = inputs(Size(tokens, 512, vocab, 0.5, logits), device, dtype)
+        leaves = (hidden, weight)
+        wide = [leaf.detach().to(exact).requires_grad_() for leaf in leaves]
+        oracle = torch.autograd.grad(_torch_eager(wide[0], wide[1], targets), wide)
+        for name, loss in sides().items():
+            record: dict[str, Any] = {"side": name, "logits": logits}
+            try:
+                gradients = torch.autograd.grad(loss(hidden, weight, targets), leaves)
+                for what, gradient, other in zip(("dX", "dW"), gradients, oracle, strict=True):
+                    record[what] = float((gradient.to(exact) - other).norm() / other.norm())
+            except Exception as error:  # noqa: BLE001  (as in _figure)
+                record["problem"] = f"{type(error).__name__}: {str(error)[:200]}"
+            found.append(record)
+    return found
+
+
+def to_json(figure: Figure) -> dict[str, Any]:
+    """The figure as one flat object."""
+    record = asdict(figure)
+    return {**record.pop("size"), **record}
