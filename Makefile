@@ -4,14 +4,16 @@
 # make test-all   every tier that can run on this machine
 # make check      ruff and mypy
 # make benchmarks each program in benchmarks/
+# make gpu-check  on a machine with a GPU, with the Python and torch there (GPU_PYTHON): build, check, train, time
 
 PYTHON ?= python3
 BIN := .venv/bin
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 STAMP := .venv/.installed
 # Tests of the cluster tier skip themselves where a tool they need is missing, unless CI=1 says that none may be.
 RUNNABLE := $(if $(shell command -v nvidia-smi),,-m "not gpu")
 
-.PHONY: install demo test test-all check benchmarks clean
+.PHONY: install demo test test-all check benchmarks gpu-check clean
 
 install: $(STAMP)
 
@@ -35,6 +37,9 @@ check: install
 
 benchmarks: install
 	@set -e; for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python "$$program"; done
+
+gpu-check:
+	@$(GPU_PYTHON) benchmarks/gpu/check.py
 
 clean:
 	rm -rf .venv build dist *.egg-info
