@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -19,6 +20,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+# A machine that only checks its GPU (`make gpu-check`) may have torch alone.
+DEEPSPEED = version("deepspeed") if importlib.util.find_spec("deepspeed") else "none"
+
 # Private and versioned: an op built for another torch would be loaded, and a lock that a killed process of another
 # program left in the shared default folder would hang every test.
 os.environ.setdefault(
@@ -26,6 +30,6 @@ os.environ.setdefault(
     str(
         REPOSITORY
         / "build"
-        / f"torch-extensions-py{platform.python_version()}-torch{version('torch')}-deepspeed{version('deepspeed')}"
+        / f"torch-extensions-py{platform.python_version()}-torch{version('torch')}-deepspeed{DEEPSPEED}"
     ),
 )

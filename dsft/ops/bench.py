@@ -1,7 +1,7 @@
 """The loss beside every other one that is installed: time, peak memory, useful TFLOP/s and error: ``dsft ops bench``.
 
-All sides compute the mean loss over the same supervised tokens, forward and backward, in one process, one after the
-other. Useful work is 6 n H V floating-point operations for n supervised tokens; what a side spends on masked ones is
+All sides compute the mean loss over the same supervised tokens, forward and backward, in one process, in turns.
+Useful work is 6 n H V floating-point operations for n supervised tokens; what a side spends on masked ones is
 not.
 """
 
@@ -126,41 +126,55 @@ def measure(device: torch.device, budget_seconds: float) -> Iterator[Figure]:
     for size in sizes(device.type):
         if time.perf_counter() - began > budget_seconds:
             yield Figure("all", size, problem="not measured: the time is spent")
-            continue
-        case = inputs(size, device, dtype)
-        for name, loss in sides().items():
-            yield _figure(name, loss, size, case)
-        del case
+        else:
+            yield from _figures(size, *inputs(size, device, dtype))
 
 
-def _figure(name: str, loss: Loss, size: Size, case: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Figure:
-    hidden, weight, targets = case
-    on_cuda = hidden.is_cuda
-
-    def once() -> None:
-        torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
-
-    try:
-        before = torch.cuda.memory_allocated() if on_cuda else 0
-        once()  # compiles, allocates
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        once()
-        peak = torch.cuda.max_memory_allocated() - before if on_cuda else None
-        seconds = statistics.median(_seconds(once, on_cuda) for _ in range(REPETITIONS))
-    except torch.OutOfMemoryError:
-        return Figure(name, size, problem="out of memory")
-    except Exception as error:  # noqa: BLE001  (a peer's failure is its figure; dsft's own is no less visible)
-        return Figure(name, size, problem=f"{type(error).__name__}: {str(error)[:200]}")
-    finally:
-        if on_cuda:
+def _figures(size: Size, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> list[Figure]:
+    """One cell: every side once for its memory, then all in turns for their time."""
+    useful = 6.0 * int((targets != IGNORED).sum()) * size.hidden * size.vocab / 1e12
+    found: dict[str, Figure] = {}
+    peaks: dict[str, int | None] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    for name, loss in sides().items():
+        call = partial(_gradients, loss, hidden, weight, targets)
+        try:
+            peaks[name] = _peak_bytes(call, hidden.is_cuda)
+            calls[name] = call
+        except torch.OutOfMemoryError:
+            found[name] = Figure(name, size, problem="out of memory")
+        except Exception as error:  # noqa: BLE001  (a peer's failure is its figure; dsft's own is no less visible)
+            found[name] = Figure(name, size, problem=f"{type(error).__name__}: {str(error)[:200]}")
+        if hidden.is_cuda:
             torch.cuda.empty_cache()
-    num_rows = int((targets != IGNORED).sum())
-    useful = 6.0 * num_rows * size.hidden * size.vocab / seconds / 1e12
-    return Figure(name, size, 1e3 * seconds, peak, useful)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(REPETITIONS):
+        for name, timed in calls.items():
+            times[name].append(_seconds(timed, hidden.is_cuda))
+    for name, seconds in times.items():
+        middle = statistics.median(seconds)
+        found[name] = Figure(name, size, 1e3 * middle, peaks[name], useful / middle)
+    return [found[name] for name in sides()]
 
 
-def _seconds(call: Callable[[], None], on_cuda: bool) -> float:
+def _gradients(
+    loss: Loss, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
+
+
+def _peak_bytes(call: Callable[[], object], on_cuda: bool) -> int | None:
+    """Most memory allocated during the second call (the first compiles, and fills caches); None on the CPU."""
+    call()
+    if not on_cuda:
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return int(torch.cuda.max_memory_allocated() - before)
+
+
+def _seconds(call: Callable[[], object], on_cuda: bool) -> float:
     if not on_cuda:
         begin = time.perf_counter()
         call()
@@ -189,7 +203,7 @@ def errors(device: torch.device) -> list[dict[str, Any]]:
         for name, loss in sides().items():
             record: dict[str, Any] = {"side": name, "logits": logits}
             try:
-                gradients = torch.autograd.grad(loss(hidden, weight, targets), leaves)
+                gradients = _gradients(loss, hidden, weight, targets)
                 for what, gradient, other in zip(("dX", "dW"), gradients, oracle, strict=True):
                     record[what] = float((gradient.to(exact) - other).norm() / other.norm())
             except Exception as error:  # noqa: BLE001  (as in _figure)
