@@ -185,7 +185,7 @@ def test_extreme_logits_stay_defined() -> None:
     assert relative(hidden.grad[0], expected[0]) < 1e-3
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 129, 4099])
+@pytest.mark.parametrize("vocab", [1, 2, 128, 129, 4099])
 def test_any_vocabulary_size(vocab: int) -> None:
     head, hidden, rows, targets, row_weight = case(9, False, LogitTransform(), vocab=vocab)
     head.logits_bytes = 4 * 4099 * 2
