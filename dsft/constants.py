@@ -9,8 +9,11 @@ ORDER_VERSION = 1
 STORE_VERSION = 1
 """Version of the token store's files."""
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 """Version of the checkpoint folder's layout."""
+
+MODEL_PREFIX = "hf."
+"""What stands before a Hugging Face parameter name inside ``PackedCausalLM``; checkpoints, logs and exports drop it."""
 
 EXIT_OK = 0
 EXIT_RUN_FAILED = 1

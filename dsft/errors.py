@@ -49,6 +49,10 @@ class CheckpointError(DsftError):
     exit_code = EXIT_USAGE
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are not what was written; the one before it may be whole."""
+
+
 class SaveError(DsftError):
     """State could not be written (disk full, read-only folder)."""
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
+
 from dsft.errors import SaveError
 
 
@@ -71,44 +73,61 @@ def save_error(path: Path, error: OSError) -> SaveError:
     return SaveError(f"cannot write {path}: {error.strerror or error}. Nothing half-written was left; {advice}.")
 
 
-class HashedFile:
-    """A new binary file that hashes what is written to it and is on the disk once the ``with`` block is left.
+BLOCK_BYTES = 65536
+"""Length of the blocks that are hashed one by one; only a file's last block may be shorter."""
+HASH_BYTES = 16
+"""Length of a block's hash."""
+
+
+def block_hash(block: bytes | memoryview) -> bytes:
+    """XXH3-128 of one block: against accidents, not forgers (8 GB/s on one core here, where sha256 does 0.2)."""
+    digest: bytes = xxhash.xxh3_128_digest(block)
+    return digest
+
+
+class BlockHashedFile:
+    """A new binary file that hashes what is written to it, block by block, and is on the disk once ``with`` is left.
 
     Not atomic: for files inside a folder that becomes visible as a whole by a later rename. Only sequential writes.
 
     Attributes:
         num_bytes: bytes written so far.
-        sha256: hex digest of them.
+        hashes: :func:`block_hash` of each block, one after the other; complete once the ``with`` block is left.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.num_bytes = 0
-        self._hash = hashlib.sha256()
+        self.hashes = bytearray()
+        self._begun = bytearray()  # of a block that is not whole yet
         self._file = open(path, "xb")  # noqa: SIM115  (closed by __exit__)
 
-    def write(self, data: bytes | memoryview) -> int:
-        """Append ``data``."""
-        self._hash.update(data)
-        written = self._file.write(data)
-        self.num_bytes += written
-        return written
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``, from its own memory."""
+        view = memoryview(data)
+        position = min((-self.num_bytes) % BLOCK_BYTES, len(view))
+        self._begun += view[:position]
+        if len(self._begun) == BLOCK_BYTES:
+            self._end_block(self._begun)
+            self._begun = bytearray()
+        while len(view) - position >= BLOCK_BYTES:
+            self._end_block(view[position : position + BLOCK_BYTES])
+            position += BLOCK_BYTES
+        self._begun += view[position:]
+        self._file.write(view)
+        self.num_bytes += len(view)
 
-    def flush(self) -> None:
-        """Hand what is buffered to the operating system."""
-        self._file.flush()
+    def _end_block(self, block: bytearray | memoryview) -> None:
+        self.hashes += block_hash(memoryview(block))
 
-    @property
-    def sha256(self) -> str:
-        """Hex digest of what was written so far."""
-        return self._hash.hexdigest()
-
-    def __enter__(self) -> HashedFile:
+    def __enter__(self) -> BlockHashedFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
+                if self._begun:
+                    self._end_block(self._begun)
                 self._file.flush()
                 os.fsync(self._file.fileno())
         finally:

@@ -8,10 +8,21 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xxhash
 
 from dsft.errors import SaveError
-from dsft.fsio import HashedFile, atomic_file, hash_file, save_error, write_bytes, write_json
+from dsft.fsio import (
+    BLOCK_BYTES,
+    HASH_BYTES,
+    BlockHashedFile,
+    atomic_file,
+    hash_file,
+    save_error,
+    write_bytes,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -40,13 +51,23 @@ def test_a_full_disk_is_named() -> None:
     assert error.exit_code == 74
 
 
-def test_hashed_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece_bytes", [1000, BLOCK_BYTES, 3 * BLOCK_BYTES + 7])
+def test_block_hashed_file(tmp_path: Path, piece_bytes: int) -> None:
     path = tmp_path / "payload"
-    with HashedFile(path) as file:
-        file.write(b"abc")
-        file.write(memoryview(b"def"))
-    assert (file.num_bytes, file.sha256) == (6, hashlib.sha256(b"abcdef").hexdigest())
-    assert hash_file(path) == (6, file.sha256)
-    assert path.read_bytes() == b"abcdef"
+    data = np.random.default_rng(0).bytes(4 * BLOCK_BYTES + 123)
+    with BlockHashedFile(path) as file:
+        for start in range(0, len(data), piece_bytes):
+            file.write(memoryview(data)[start : start + piece_bytes])
+    assert file.num_bytes == len(data)
+    assert path.read_bytes() == data
+    blocks = [data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES)]
+    hashes = [xxhash.xxh3_128(block).digest() for block in blocks]
+    assert bytes(file.hashes) == b"".join(hashes)
+    assert len(hashes[0]) == HASH_BYTES
     with pytest.raises(FileExistsError):
-        HashedFile(path)  # never over something that is there
+        BlockHashedFile(path)  # never over something that is there
+
+
+def test_hash_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abcdef")
+    assert hash_file(tmp_path / "file") == (6, hashlib.sha256(b"abcdef").hexdigest())

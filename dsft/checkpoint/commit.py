@@ -77,11 +77,11 @@ def save(
         files = groups.all_gather_object([asdict(file) for file in written])
         final = folder / checkpoint_name(step)
 
-        def publish() -> None:
+        def publish_all() -> None:
             manifest = Manifest(step, attempt, groups.size, tuple(tuple(WrittenFile(**f) for f in fs) for fs in files))
-            _publish(staging, final, manifest, state)
+            publish(staging, final, manifest, state)
 
-        _on_rank_0(groups, staging, publish)
+        _on_rank_0(groups, staging, publish_all)
     except SaveError:
         if groups.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)  # what cannot be removed now, the next save sweeps
@@ -149,7 +149,12 @@ def _write(write_payload: WritePayload, staging: Path) -> tuple[Sequence[Written
         return (), failure
 
 
-def _publish(staging: Path, final: Path, manifest: Manifest, state: dict[str, Any]) -> None:
+def publish(staging: Path, final: Path, manifest: Manifest, state: dict[str, Any]) -> None:
+    """Give a whole staging folder its name, after the state and, last, the manifest were added. One process calls it.
+
+    Raises:
+        OSError, SaveError: the file system failed.
+    """
     write_json(staging / STATE_NAME, state)
     claimed = {file.name for files in manifest.files for file in files}
     rank_0 = list(manifest.files[0])

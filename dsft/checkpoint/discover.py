@@ -7,47 +7,37 @@ from pathlib import Path
 from typing import Any
 
 from dsft.checkpoint.manifest import STATE_NAME, read_manifest, step_of
+from dsft.checkpoint.opened import OpenCheckpoint
 from dsft.errors import CheckpointError
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """All that are named like a checkpoint in a run's checkpoint folder, newest step first, damaged ones too."""
+    found = [(step_of(path), path) for path in (folder.iterdir() if folder.is_dir() else ())]
+    return [path for _, path in sorted((step, path) for step, path in found if step is not None)][::-1]
+
+
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in a run's checkpoint folder, newest step first. Partial ones are passed over."""
-    if not folder.is_dir():
-        return []
+    """Checkpoints with a readable manifest, newest step first."""
     found = []
-    for checkpoint in folder.iterdir():
-        step = step_of(checkpoint)
-        if step is None:
-            continue
+    for checkpoint in checkpoints(folder):
         try:
             manifest = read_manifest(checkpoint)
         except CheckpointError:
             continue
-        if manifest.step == step:
-            found.append((step, checkpoint))
-    return [checkpoint for _, checkpoint in sorted(found, reverse=True)]
+        if manifest.step == step_of(checkpoint):
+            found.append(checkpoint)
+    return found
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; None when there is none."""
+    """The newest checkpoint with a readable manifest; None when there is none."""
     return next(iter(whole_checkpoints(folder)), None)
-
-
-def require_newest(folder: Path) -> Path:
-    """As :func:`newest`, where a resume was asked for.
-
-    Raises:
-        CheckpointError: there is none (a resume never becomes a fresh start by itself).
-    """
-    found = newest(folder)
-    if found is None:
-        raise no_checkpoint(folder)
-    return found
 
 
 def no_checkpoint(folder: Path) -> CheckpointError:
     """The error of a resume without anything to resume from."""
-    partial = sorted(path.name for path in folder.iterdir() if step_of(path) is not None) if folder.is_dir() else []
+    partial = [path.name for path in checkpoints(folder)]
     seen = f"only {', '.join(partial)}, damaged or never committed" if partial else "no checkpoint"
     return CheckpointError(
         f"a resume was asked for, but {folder} holds {seen}. Check run.dir, or start without --resume to train from "
@@ -59,12 +49,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """The state that was saved with a checkpoint (step, tokens, cursor, configuration, versions, ...).
 
     Raises:
-        CheckpointError: the file is absent or is not JSON.
+        DamagedCheckpointError: it is not what was written.
     """
-    path = checkpoint / STATE_NAME
-    try:
-        state = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path} ({error}). Use an older checkpoint.") from error
+    state = json.loads(OpenCheckpoint(checkpoint).read(STATE_NAME))
     assert isinstance(state, dict)
     return state

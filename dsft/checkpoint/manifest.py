@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft.constants import CHECKPOINT_VERSION
-from dsft.errors import CheckpointError
+from dsft.errors import CheckpointError, DamagedCheckpointError
 
 MANIFEST_NAME = "MANIFEST.json"
 STATE_NAME = "state.json"
@@ -23,12 +23,15 @@ class WrittenFile:
     Attributes:
         name: path inside the checkpoint, with forward slashes.
         num_bytes: its length.
-        sha256: hex digest, computed by the rank that wrote it, from what it wrote.
+        sha256: hex digest, computed by the rank that wrote it, from what it wrote; empty when ``blocks`` is given.
+        blocks: name of the file that holds the hash of each block of this one (``fsio.block_hash``); empty for files
+            that are only read whole.
     """
 
     name: str
     num_bytes: int
     sha256: str
+    blocks: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """Read and check a checkpoint's manifest.
 
     Raises:
-        CheckpointError: absent (the checkpoint was never committed), damaged, or of another version.
+        DamagedCheckpointError: absent (the checkpoint was never committed) or damaged.
+        CheckpointError: of another version.
     """
     path = checkpoint / MANIFEST_NAME
     try:
@@ -89,7 +93,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         files = tuple(tuple(WrittenFile(**file) for file in files) for files in body["files"])
         manifest = Manifest(body["step"], body["attempt"], body["world_size"], files)
     except OSError as error:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{checkpoint} is not a whole checkpoint: its {MANIFEST_NAME} cannot be read ({error.strerror or error}). "
             "It is written last, so a save that was cut off leaves none; use an older checkpoint."
         ) from error
@@ -100,8 +104,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: it is not what was written. Use an older checkpoint.")
+def _damaged(path: Path) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"{path} is damaged: it is not what was written. Use an older checkpoint.")
 
 
 def _digest(body: dict[str, Any]) -> str:

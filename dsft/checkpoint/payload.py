@@ -1,188 +1,163 @@
-"""The model and optimizer state inside a checkpoint: DeepSpeed's own sharded files, written without swallowed errors.
+"""The model's and optimizer's state in a checkpoint: each rank's slices, readable at any world size and ZeRO stage.
 
-DeepSpeed writes in place, hashes nothing, and a rank whose disk is full raises while the others wait for it in a
-barrier. So its file writer is replaced during the save by one that hashes what it writes, puts it on the disk, and
-remembers a failure until every rank has come through.
-
-The files are pickles: load only checkpoints that you or people you trust have written.
+Saving needs no collective and no gather: a rank writes the memory that it owns. Loading reads from the shards only what
+this rank needs, and compares each block with what was written; nobody uses anything before all ranks have agreed that
+all of it was good.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from dsft.checkpoint.manifest import WrittenFile
-from dsft.dist import without_prints
-from dsft.errors import CheckpointError, SaveError
-from dsft.fsio import HashedFile, fsync_file, hash_file, save_error, write_json
+import torch
 
-TAG = "deepspeed"
-"""Folder of DeepSpeed's files inside a checkpoint."""
-PAYLOAD_NAME = "payload.json"
+from dsft.checkpoint.engine_state import EngineState, LocalSlice
+from dsft.checkpoint.layout import LAYOUT_NAME, MASTER, WEIGHT, Layout, StoredTensor, read_layout
+from dsft.checkpoint.manifest import WrittenFile
+from dsft.checkpoint.opened import OpenCheckpoint
+from dsft.checkpoint.shard import Entry, ShardReader, Wanted, entry_name, write_shard
+from dsft.dist import Groups
+from dsft.errors import CheckpointError
+from dsft.fsio import write_json
+
 BYTES_PER_PARAMETER = 12
 """fp32 master weight and Adam's two moments."""
 
 
 def save_engine(engine: Any, folder: Path) -> Sequence[WrittenFile]:
-    """Write this rank's part of a DeepSpeed engine's state into ``folder``. Collective.
+    """Write this rank's part of a DeepSpeed engine's state into ``folder``. Not collective.
 
     Returns:
         The files this rank wrote, hashed and fsynced.
 
     Raises:
-        SaveError: this rank could not write; the other ranks have come through (``commit.save`` makes them agree).
+        OSError, SaveError: this rank could not write (``commit.save`` makes all ranks agree).
     """
-    writer = _RecordingWriter(engine.checkpoint_engine, folder)
-    engine.checkpoint_engine = writer
-    try:
-        engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-    except OSError as error:  # raised by DeepSpeed's own copying, before its closing gather and barrier
-        writer.remember(folder, error)
-        if engine._optimizer_has_ckpt_event_epilogue():
-            engine.optimizer.checkpoint_event_epilogue()
-        importlib.import_module("deepspeed.comm").barrier()
-    finally:
-        engine.checkpoint_engine = writer.original
-    if writer.error is not None:
-        raise writer.error
-    _check_size(engine, writer.files, folder)
-    files = [*writer.files, *_swapped_files(engine, folder)]
-    if engine.global_rank == 0:
-        write_json(folder / PAYLOAD_NAME, _describe(engine))
+    state = EngineState(engine)
+    layout = state.layout()
+    items = _in_file_order(state, layout)
+    entries = [Entry(entry_name(one.tensor, key), state.dtype(one), one.stop - one.start) for one, key in items]
+    files = write_shard(folder, state.rank, entries, _live(state, items))
+    if state.rank == 0:
+        write_json(folder / LAYOUT_NAME, layout.to_json())
     return files
 
 
-def load_engine(engine: Any, checkpoint: Path) -> None:
-    """Load a verified checkpoint into a fresh engine: weights, masters and moments, bit by bit. Collective.
+def load_engine(engine: Any, checkpoint: Path, groups: Groups) -> None:
+    """Load a checkpoint into an engine: masters, optimizer states and frozen weights, bit by bit. Collective.
+
+    Any number of ranks and any of ZeRO's stages 1 to 3, whatever saved it. The hyper-parameters stay the engine's. Each
+    block that is read is verified, and so is every other file of the checkpoint, by one of the ranks.
 
     Raises:
-        CheckpointError: saved with another number of ranks or ZeRO stage, or for another model.
+        DamagedCheckpointError: something is not what was written; on every rank alike. The engine then holds parts of
+            the checkpoint: load another one, or drop it.
+        CheckpointError: it is of another model; on every rank alike.
     """
-    path = checkpoint / PAYLOAD_NAME
-    try:
-        saved = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path} ({error}). Use an older checkpoint.") from error
-    now = _describe(engine)
-    for key, what in (("world_size", "{} ranks"), ("zero_stage", "ZeRO stage {}"), ("dtype", "weights in {}")):
-        if saved[key] != now[key]:
-            raise CheckpointError(
-                f"{checkpoint} was saved with {what.format(saved[key])}, this run has {what.format(now[key])}. It is "
-                "in DeepSpeed's sharded form, which loads only into the same set-up; start with the saved one, or use "
-                "the checkpoint's weights alone (model.path)."
-            )
-    try:
-        with without_prints():
-            loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=True)
-    except (RuntimeError, KeyError, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{checkpoint} does not fit this model or its optimizer: {str(error).strip() or type(error).__name__}. "
-            "Resume with the model and train section that saved it."
-        ) from error
-    if loaded is None:
-        raise CheckpointError(f"DeepSpeed loaded nothing from {checkpoint / TAG}. Use an older checkpoint.")
+    with groups.together():
+        state = EngineState(engine)
+        opened = OpenCheckpoint(checkpoint)
+        layout = read_layout(opened)
+        _check_fit(checkpoint, layout, state)
+        state.prepare_optimizer(layout.step, layout.states)
+        for batch in state.batches():
+            _fill(opened, layout, state, batch)
+        for number, file in enumerate(opened.files.values()):
+            if not file.blocks and number % groups.size == groups.rank:
+                opened.check_file(file)
+    state.use_masters(layout.counters)
 
 
 def estimate_bytes(engine: Any) -> int:
     """About what :func:`save_engine` will write on this rank, for the free-space check."""
-    trained, frozen = 0, 0
-    num_ranks = int(engine.world_size)
-    for parameter in engine.module.parameters():
-        numel = int(getattr(parameter, "ds_numel", parameter.numel()))
-        if parameter.requires_grad:
-            trained += numel
-        else:
-            frozen += numel
-    element_bytes = int(next(engine.module.parameters()).element_size())
-    sharded = trained * BYTES_PER_PARAMETER // num_ranks
-    if engine.zero_optimization_stage() == 3:
-        return sharded + frozen * element_bytes // num_ranks
-    return sharded + ((trained + frozen) * element_bytes if engine.global_rank == 0 else 0)
+    num_bytes = 0
+    for one in EngineState(engine).slices_to_write():
+        element_bytes = BYTES_PER_PARAMETER if one.flat is not None else getattr(torch, one.tensor.dtype).itemsize
+        num_bytes += (one.stop - one.start) * element_bytes
+    return num_bytes
 
 
-class _RecordingWriter:
-    """Stands in for DeepSpeed's checkpoint engine during one save; never raises, so that no rank leaves the others."""
-
-    def __init__(self, original: Any, folder: Path) -> None:
-        self.original = original
-        self.folder = folder
-        self.files: list[WrittenFile] = []
-        self.error: SaveError | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.original, name)
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make a folder; a failure is remembered."""
-        try:
-            os.makedirs(path, exist_ok=exist_ok)
-        except OSError as error:
-            self.remember(Path(path), error)
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write one file with torch.save, hashed and fsynced; a failure is remembered."""
-        import torch
-
-        if self.error is not None:
-            return
-        try:
-            with HashedFile(Path(path)) as file:
-                torch.save(state_dict, file)  # type: ignore[arg-type]  # asks for no more than write and flush
-        except OSError as error:
-            self.remember(Path(path), error)
-        except RuntimeError as error:  # torch's zip writer, when the file below it has failed
-            cause = error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error))
-            self.remember(Path(path), cause)
-        else:
-            name = Path(path).relative_to(self.folder).as_posix()
-            self.files.append(WrittenFile(name, file.num_bytes, file.sha256))
-
-    def remember(self, path: Path, error: OSError) -> None:
-        """Keep the first failure."""
-        self.error = self.error or save_error(path, error)
+def _in_file_order(state: EngineState, layout: Layout) -> list[tuple[LocalSlice, str]]:
+    """Slices and keys: larger types first (alignment), then one flat tensor after the other (NVMe), then by key."""
+    items = [
+        (one, key)
+        for key in (WEIGHT, MASTER, *layout.states)
+        for one in state.slices_to_write()
+        if key in layout.keys_of(one.tensor)
+    ]
+    return sorted(items, key=lambda item: (-getattr(torch, state.dtype(item[0])).itemsize, _flat_number(item[0])))
 
 
-def _describe(engine: Any) -> dict[str, Any]:
-    return {
-        "kind": "deepspeed",
-        "world_size": engine.world_size,
-        "zero_stage": int(engine.zero_optimization_stage()),
-        "dtype": str(next(engine.module.parameters()).dtype).removeprefix("torch."),
-        "deepspeed": version("deepspeed"),
-        "torch": version("torch"),
-    }
+def _flat_number(one: LocalSlice) -> int:
+    return -1 if one.flat is None else one.flat
 
 
-def _check_size(engine: Any, files: Sequence[WrittenFile], folder: Path) -> None:
-    """DeepSpeed logs some failures and goes on: make sure that this rank's optimizer state really was written."""
-    partitions = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
-    if partitions is None:
-        partitions = getattr(engine.optimizer, "single_partition_of_fp32_groups", [])
-    if engine.zero_nvme_offload_optimizer():
-        return  # the state is in the swapped files
-    least_bytes = sum(partition.numel() * 4 for partition in partitions)
-    written_bytes = sum(file.num_bytes for file in files)
-    if written_bytes < least_bytes:
-        raise SaveError(
-            f"DeepSpeed wrote {written_bytes:,} bytes into {folder / TAG} for rank {engine.global_rank}, whose fp32 "
-            f"weights alone are {least_bytes:,}. The checkpoint was not committed; DeepSpeed's own message is above."
+def _live(state: EngineState, items: Sequence[tuple[LocalSlice, str]]) -> Iterator[torch.Tensor]:
+    """The live memory of each item, resident while it is looked at."""
+    for flat, group in groupby(items, key=lambda item: item[0].flat):
+        with state.resident(flat):
+            for one, key in group:
+                yield state.view(one, key)
+
+
+def _check_fit(checkpoint: Path, layout: Layout, state: EngineState) -> None:
+    """The checkpoint's tensors must be the engine's: same names, shapes, and same ones trained."""
+
+    def identity(tensor: StoredTensor) -> tuple[Any, ...]:
+        return (tensor.kind, list(tensor.shape), None if tensor.kind == "trained" else tensor.dtype)
+
+    saved = {tensor.name: identity(tensor) for tensor in layout.tensors}
+    here = {tensor.name: identity(tensor) for tensor in state.tensors}
+    differing = sorted(name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name))
+    if differing:
+        name = differing[0]
+        raise CheckpointError(
+            f"{checkpoint} does not fit this model: {len(differing)} tensors differ, the first is {name} (saved: "
+            f"{_described(saved.get(name))}; here: {_described(here.get(name))}). Resume with the model and train "
+            "section that saved it, or start a new run from its weights (model.path)."
         )
 
 
-def _swapped_files(engine: Any, folder: Path) -> list[WrittenFile]:
-    """This rank's NVMe-offloaded tensors, which DeepSpeed copies as files."""
-    if not engine.zero_nvme_offload_optimizer():
-        return []
-    files = []
-    swapped = importlib.import_module("deepspeed.runtime.engine").dp_index_to_str(engine.global_rank)
-    for path in sorted((folder / TAG / "offloaded_tensors" / f"rank{swapped}").rglob("*")):
-        if path.is_file():
-            fsync_file(path)
-            files.append(WrittenFile(path.relative_to(folder).as_posix(), *hash_file(path)))
-    return files
+def _described(identity: tuple[Any, ...] | None) -> str:
+    if identity is None:
+        return "absent"
+    kind, shape, dtype = identity
+    return f"{kind}, shape {shape}" + (f", {dtype}" if dtype else "")
+
+
+def _fill(opened: OpenCheckpoint, layout: Layout, state: EngineState, batch: frozenset[int | None]) -> None:
+    """Read this rank's part of the flat tensors in ``batch``; None stands for what is not trained.
+
+    With what is not trained, the headers of this rank's share of all shards are read too: of a small model, some shards
+    hold nothing that any rank needs, and must still be whole.
+    """
+    saved = {tensor.name: tensor for tensor in layout.tensors}
+    wanted: dict[int, list[Wanted]] = defaultdict(list)
+    if None in batch:
+        wanted.update({writer: [] for writer in range(state.rank, layout.num_ranks, state.num_ranks)})
+    with ExitStack() as stack:
+        for flat in batch:
+            stack.enter_context(state.resident(flat, changed=True))
+        for one in state.slices_to_fill():
+            if one.flat in batch:
+                for key in layout.keys_of(one.tensor):
+                    _add_wanted(wanted, saved[one.tensor.name], one, key, state.view(one, key))
+        for writer in sorted(wanted):
+            with ShardReader(opened, writer) as shard:
+                shard.fill(wanted[writer])
+
+
+def _add_wanted(
+    wanted: dict[int, list[Wanted]], saved: StoredTensor, one: LocalSlice, key: str, into: torch.Tensor
+) -> None:
+    """Split what a slice needs over the shards that hold it."""
+    for writer in saved.writers_of(one.start, one.stop):
+        begin, end = saved.slice_of(writer)
+        start, stop = max(one.start, begin), min(one.stop, end)
+        part = into[start - one.start : stop - one.start]
+        wanted[writer].append(Wanted(entry_name(saved, key), start - begin, part))

@@ -1,68 +1,50 @@
-"""Is a checkpoint what was written? Checked before anything of it is used, and agreed by all ranks."""
+"""Is a checkpoint what was written? And which is the newest that is? Agreed by all ranks."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from dsft.checkpoint.discover import no_checkpoint, whole_checkpoints
-from dsft.checkpoint.manifest import read_manifest
+from dsft.checkpoint.discover import checkpoints, no_checkpoint
+from dsft.checkpoint.opened import OpenCheckpoint
 from dsft.dist import Groups
-from dsft.errors import CheckpointError
-from dsft.fsio import hash_file
+from dsft.errors import CheckpointError, DamagedCheckpointError
 
 logger = logging.getLogger(__name__)
 
-
-def verify(checkpoint: Path, groups: Groups) -> None:
-    """Compare size and hash of every file with the manifest. Collective.
-
-    The files that rank w wrote are read by rank w modulo the number of ranks: at the same number of ranks each rank
-    reads what it will load, and at any number every file is read once.
-
-    Raises:
-        CheckpointError: on every rank alike, naming the file and what is wrong with it.
-    """
-    groups.agree(find_damage(checkpoint, groups.rank, groups.size))
+Result = TypeVar("Result")
 
 
-def newest_verified(folder: Path, groups: Groups) -> Path:
-    """The newest checkpoint that is what was written; damaged ones are named in the log. Collective.
-
-    Raises:
-        CheckpointError: there is none, on every rank alike.
-    """
-    names: list[str] = groups.broadcast_object([path.name for path in whole_checkpoints(folder)])
-    for name in names:
-        try:
-            verify(folder / name, groups)
-        except CheckpointError as error:
-            if groups.rank == 0:
-                logger.warning("%s Going back to the checkpoint before it.", error)
-            continue
-        return folder / name
-    raise no_checkpoint(folder)
-
-
-def find_damage(checkpoint: Path, rank: int = 0, size: int = 1) -> CheckpointError | None:
-    """What is wrong with rank ``rank``'s share of the files, or None. By default all files; not collective."""
+def find_damage(checkpoint: Path) -> CheckpointError | None:
+    """What is wrong with a checkpoint's files, or None. Reads all of them; not collective."""
     try:
-        manifest = read_manifest(checkpoint)
+        opened = OpenCheckpoint(checkpoint)
+        for file in opened.files.values():
+            opened.check_file(file)
     except CheckpointError as error:
         return error
-    for writer, files in enumerate(manifest.files):
-        if writer % size != rank:
-            continue
-        for file in files:
-            path = checkpoint / file.name
-            try:
-                found_bytes = path.stat().st_size
-                if found_bytes != file.num_bytes:
-                    return CheckpointError(
-                        f"{path} is damaged: {found_bytes:,} bytes long, {file.num_bytes:,} were written."
-                    )
-                if hash_file(path) != (file.num_bytes, file.sha256):
-                    return CheckpointError(f"{path} is damaged: its content is not what was written (sha256).")
-            except OSError as error:
-                return CheckpointError(f"{path} cannot be read: {error.strerror or error}.")
     return None
+
+
+def newest_usable(folder: Path, groups: Groups, use: Callable[[Path], Result]) -> Result:
+    """What ``use`` makes of the newest checkpoint that is whole. Collective.
+
+    A damaged one is named in the log and left for the one before it.
+
+    Args:
+        use: loads a checkpoint, or verifies it; raises DamagedCheckpointError on every rank alike when something in it
+            is not what was written. Any other error is passed on.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, on every rank alike.
+    """
+    names: list[str] = groups.broadcast_object([path.name for path in checkpoints(folder)])
+    for name in names:
+        try:
+            return use(folder / name)
+        except DamagedCheckpointError as error:
+            if groups.rank == 0:
+                logger.warning("%s Going back to the checkpoint before it.", error)
+    raise no_checkpoint(folder)

@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("dsft.cli.demo:command", "Train, evaluate and export a small model on an embedded corpus."),
     "prepare": ("dsft.cli.prepare:command", "Turn the raw data of a run into token stores."),
     "train": ("dsft.cli.train:command", "Train as a YAML file says; the same command under every launcher."),
+    "ckpt": ("dsft.cli.ckpt:command", "List, check, show and compare checkpoints; import DeepSpeed's."),
     "export": ("dsft.cli.export:command", "Write a checkpoint as a Hugging Face folder."),
     "config": ("dsft.cli.config:command", "Show or check a configuration, or print its JSON schema."),
     "data": ("dsft.cli.data:command", "Statistics and previews of data; proof of what was trained."),

@@ -1,25 +1,29 @@
 """A dsft checkpoint as an ordinary Hugging Face folder: safetensors, config, tokenizer, chat template.
 
-transformers itself writes the folder, from a model on the meta device and our weights. So the names on disk, the tied
-weights that are left out, the layout of experts and the shards are those that ``save_pretrained`` would have made.
+transformers itself writes the folder, from a model on the meta device whose weights it takes for offloaded ones: it
+asks for them one by one, and holds one weight file's at a time. So the names on disk, the tied weights that are left
+out, the layout of experts and the shards are those that ``save_pretrained`` would have made, of a model of any size.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
-from dsft.checkpoint.payload import TAG
-from dsft.checkpoint.verify import find_damage
+from dsft.checkpoint.opened import OpenCheckpoint
 from dsft.errors import CheckpointError, ConfigError
 from dsft.fsio import fsync_file, fsync_folder, save_error
 
 if TYPE_CHECKING:
     import torch
+
+    from dsft.export.weights import WeightReader
 
 ExportType = Literal["bf16", "fp32"]
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -35,9 +39,9 @@ def export_checkpoint(
     *,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write ``out`` as a Hugging Face folder that plain transformers loads. One process; holds the weights once.
+    """Write ``out`` as a Hugging Face folder that plain transformers loads. One process; holds one file's weights.
 
-    The checkpoint's files are checked against their hashes first. ``out`` appears whole, by rename, or not at all.
+    Everything that is read is checked against its hash. ``out`` appears whole, by rename, or not at all.
 
     Args:
         checkpoint: a checkpoint folder of a run (``<run>/checkpoints/step-<number>``).
@@ -53,21 +57,37 @@ def export_checkpoint(
     """
     import torch
 
-    from dsft.export.weights import read_weights
+    from dsft.export.weights import WeightReader
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already and not empty; export never overwrites. Name another folder.")
-    damage = find_damage(checkpoint)
-    if damage is not None:
-        raise damage
+    _check_small_files(checkpoint)
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     model = _empty_model(checkpoint / MODEL_FOLDER, torch_dtype, trust_remote_code)
-    weights = read_weights(checkpoint / TAG, torch_dtype)
-    _check_weights(checkpoint, model.state_dict(), weights)
-    with _staged_folder(out) as staging:
-        model.save_pretrained(staging, state_dict=weights, max_shard_size=max_shard_bytes)
+    with WeightReader(checkpoint, torch_dtype) as weights, _staged_folder(out) as staging:
+        _check_weights(checkpoint, model.state_dict(), weights)
+        _save_offloaded(model, weights, staging, max_shard_bytes)
         others = shutil.ignore_patterns("config.json")  # transformers has written it, with the exported dtype
         shutil.copytree(checkpoint / MODEL_FOLDER, staging, dirs_exist_ok=True, ignore=others)
+
+
+def _check_small_files(checkpoint: Path) -> None:
+    opened = OpenCheckpoint(checkpoint)
+    for file in opened.files.values():
+        if not file.blocks:
+            opened.check_file(file)
+
+
+def _save_offloaded(model: Any, weights: WeightReader, folder: Path, max_shard_bytes: int) -> None:
+    """``save_pretrained`` of a model whose weights lie elsewhere: ``weights`` gives each by its name when it is due.
+
+    These two attributes are accelerate's, by which transformers knows such a model.
+    """
+    model.hf_device_map = {"": "disk"}
+    model._hf_hook = SimpleNamespace(weights_map=weights)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        model.save_pretrained(folder, max_shard_size=max_shard_bytes)
 
 
 def _empty_model(model_folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -91,11 +111,12 @@ def _empty_model(model_folder: Path, dtype: torch.dtype, trust_remote_code: bool
         ) from error
 
 
-def _check_weights(checkpoint: Path, expected: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
+def _check_weights(checkpoint: Path, expected: Mapping[str, torch.Tensor], weights: WeightReader) -> None:
     """transformers would fill a missing weight with random numbers at loading time: find it now."""
-    missing = sorted(expected.keys() - weights.keys())
-    surplus = sorted(weights.keys() - expected.keys())
-    shapes = sorted(name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape)
+    found = weights.tensors
+    missing = sorted(expected.keys() - found.keys())
+    surplus = sorted(found.keys() - expected.keys())
+    shapes = sorted(name for name in expected.keys() & found.keys() if tuple(expected[name].shape) != found[name].shape)
     if missing or surplus or shapes:
         raise CheckpointError(
             f"the weights of {checkpoint} are not those of its config.json: missing {missing[:3] or 'none'}, not "

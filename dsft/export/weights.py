@@ -1,76 +1,68 @@
-"""Whole weights out of DeepSpeed's sharded checkpoint files, under the Hugging Face names.
-
-The fp32 master weights of ZeRO stages 1 to 3 lie in flat slices, one a rank; ``deepspeed.utils.zero_to_fp32`` knows
-their padding, their order, the frozen parameters (kept apart) and which names share one tensor. It is used lazily: a
-tensor is put together when it is converted, so the host holds one copy in the output type and not also one in fp32.
-"""
+"""Whole weights out of a checkpoint's shards, under the Hugging Face names, one tensor at a time."""
 
 from __future__ import annotations
 
-import contextlib
-import io
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
-from dsft.errors import CheckpointError
-from dsft.model.parameters import hf_name
+from dsft.checkpoint.layout import MASTER, WEIGHT, read_layout
+from dsft.checkpoint.opened import OpenCheckpoint
+from dsft.checkpoint.shard import ShardReader, Wanted, entry_name
 
 if TYPE_CHECKING:
     import torch
 
 
-def read_weights(payload: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every parameter and persistent buffer, whole, on the CPU; names that share a tensor share it in the result too.
+class WeightReader:
+    """A checkpoint's shards, open; every block that is read is checked. Holds one window of each shard.
 
-    Args:
-        payload: folder with DeepSpeed's ``*_model_states.pt`` and ``*_optim_states.pt``, of any number of ranks. The
-            files are pickles: only read those of a checkpoint that was verified and whose origin is trusted.
-        dtype: type of floating-point tensors in the result; other tensors keep theirs.
-
-    Raises:
-        CheckpointError: the files are not those of a whole DeepSpeed checkpoint.
+    Attributes:
+        tensors: parameters and persistent buffers by name; a tied one under each of its names.
     """
-    lazy = _lazy_state(payload)
-    converted: dict[int, torch.Tensor] = {}
-    weights: dict[str, torch.Tensor] = {}
-    for name in list(lazy):
-        tensor = lazy[name]
-        if id(tensor) not in converted:
-            whole = tensor.contiguous()
-            converted[id(tensor)] = whole.to(dtype) if whole.is_floating_point() else whole
-        weights[hf_name(name)] = converted[id(tensor)]
-    return weights
 
+    def __init__(self, checkpoint: Path, dtype: torch.dtype) -> None:
+        """Open all shards.
 
-def _lazy_state(payload: Path) -> dict[str, Any]:
-    """Name -> tensor or DeepSpeed's GatheredTensor; shared names hold the same object."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        Args:
+            dtype: in which floating-point tensors are given; others keep their own.
 
-    if not any(payload.rglob("*_model_states.pt")):
-        raise CheckpointError(
-            f"{payload} holds no DeepSpeed model state (*_model_states.pt): it is not the payload of a whole "
-            "checkpoint. Choose another checkpoint of the run."
-        )
-    if not any(payload.rglob("*_optim_states.pt")):
-        return _stage_0_state(payload)
-    folder = next(payload.rglob("*_model_states.pt")).parent
-    try:
-        # It reports its progress with print and a progress bar: a library has no business on this terminal.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name, lazy_mode=True)
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise CheckpointError(
-            f"the DeepSpeed files in {folder} do not make a whole model: {error}. A rank's file may be missing; "
-            "choose another checkpoint of the run."
-        ) from error
-    return dict(state)
+        Raises:
+            CheckpointError: the checkpoint is damaged or of another version.
+        """
+        self._dtype = dtype
+        opened = OpenCheckpoint(checkpoint)
+        layout = read_layout(opened)
+        self.tensors = {tensor.name: tensor for tensor in layout.tensors}
+        self.tensors |= {alias: self.tensors[name] for alias, name in layout.aliases.items()}
+        self._stack = ExitStack()
+        with ExitStack() as opening:
+            self._shards = [opening.enter_context(ShardReader(opened, r)) for r in range(layout.num_ranks)]
+            self._stack = opening.pop_all()
 
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """One tensor, whole, on the CPU: the fp32 master of a trained parameter, the only copy of any other.
 
-def _stage_0_state(payload: Path) -> dict[str, Any]:
-    """Without ZeRO there is one file with whole weights; shared tensors are shared storages in it."""
-    import torch
+        Raises:
+            DamagedCheckpointError: a block is not what was written.
+        """
+        import torch
 
-    file = next(payload.rglob("*_model_states.pt"))
-    module: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
-    first_of: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    return {name: first_of.setdefault((tensor.data_ptr(), tensor.shape), tensor) for name, tensor in module.items()}
+        tensor = self.tensors[name]
+        is_trained = tensor.kind == "trained"
+        flat = torch.empty(tensor.num_elements, dtype=torch.float32 if is_trained else getattr(torch, tensor.dtype))
+        entry = entry_name(tensor, MASTER if is_trained else WEIGHT)
+        for writer in tensor.writers_of(0, tensor.num_elements) if tensor.num_elements else ():
+            start, stop = tensor.slice_of(writer)
+            self._shards[writer].fill([Wanted(entry, 0, flat[start:stop])])
+        whole = flat.view(tensor.shape)
+        return whole.to(self._dtype) if whole.is_floating_point() else whole
+
+    def __enter__(self) -> WeightReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsft.constants import MODEL_PREFIX
 from dsft.errors import ConfigError
 
 
 def hf_name(parameter_name: str) -> str:
     """Name of a parameter of ``PackedCausalLM`` in the Hugging Face model (checkpoints, logs and exports use it)."""
-    return parameter_name.removeprefix("hf.")
+    return parameter_name.removeprefix(MODEL_PREFIX)
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsft.checkpoint.discover import load_state, newest
 from dsft.checkpoint.payload import load_engine
-from dsft.checkpoint.verify import newest_verified, verify
+from dsft.checkpoint.verify import newest_usable
 from dsft.config.load import config_differences
 from dsft.errors import CheckpointError, ConfigError
 from dsft.train.attempts import Origin
@@ -19,30 +19,18 @@ if TYPE_CHECKING:
     from dsft.sampling.types import Cursor
     from dsft.train.saving import Saver
 
-HYPER_PARAMETERS = ("betas", "eps", "weight_decay")
 MODEL_KEYS = ("model.path", "model.revision", "model.config", "model.dtype", "train.freeze")
 
 
-def find_checkpoint(resume: str | None, checkpoints: Path, groups: Groups) -> Path | None:
-    """The verified checkpoint to start from; None for a fresh start. Collective.
-
-    Raises:
-        CheckpointError: one was asked for and there is none that is whole.
-        ConfigError: none was asked for, but the run folder has checkpoints: a fresh start would mix two runs.
-    """
-    if resume is None:
-        existing = newest(checkpoints) if groups.rank == 0 else None
-        name = groups.broadcast_object(None if existing is None else existing.name)
-        if name is not None:
-            raise ConfigError(
-                f"{checkpoints} already holds {name}. Give --resume auto to go on from it, or another run.dir for a "
-                "fresh start."
-            )
-        return None
-    if resume == "auto":
-        return newest_verified(checkpoints, groups)
-    verify(Path(resume), groups)
-    return Path(resume)
+def _refuse_to_mix(checkpoints: Path, groups: Groups) -> None:
+    """A fresh start in a folder that has checkpoints would mix two runs. Collective."""
+    existing = newest(checkpoints) if groups.rank == 0 else None
+    name = groups.broadcast_object(None if existing is None else existing.name)
+    if name is not None:
+        raise ConfigError(
+            f"{checkpoints} already holds {name}. Give --resume auto to go on from it, or another run.dir for a fresh "
+            "start."
+        )
 
 
 def check_state(saved: dict[str, Any], identity: dict[str, Any], *, allow_data_change: bool) -> list[str]:
@@ -91,36 +79,46 @@ def restore(
 ) -> tuple[TrainState, Origin | None]:
     """The state to begin with, with the engine's weights and optimizer loaded when it is a checkpoint's. Collective.
 
+    Nothing of a checkpoint is used before all ranks have found all of it to be what was written; with ``auto``, a
+    damaged one is left for the one before it. An imported one gives weights and optimizer state to a fresh start.
+
     Returns:
         The state, and where it is from; None for a fresh start.
 
     Raises:
-        CheckpointError, ConfigError: as :func:`find_checkpoint` and :func:`check_state`.
+        CheckpointError: one was asked for and there is none that is whole, or it is of another model.
+        ConfigError: none was asked for, but the run folder has checkpoints; or as :func:`check_state`.
     """
-    checkpoint = find_checkpoint(resume, saver.folder, groups)
-    if checkpoint is None:
+    if resume is None:
+        _refuse_to_mix(saver.folder, groups)
         return TrainState(cursor=start), None
-    with groups.together():
-        saved = load_state(checkpoint)
-        changes = check_state(saved, saver.identity, allow_data_change=allow_data_change)
-        state = state_from_json(saved["train"])
+
+    def load(checkpoint: Path) -> tuple[Path, dict[str, Any], list[str], TrainState]:
+        changes, state = [], TrainState(cursor=start)
+        with groups.together():
+            saved = load_state(checkpoint)
+            if "imported_from" not in saved:
+                changes = check_state(saved, saver.identity, allow_data_change=allow_data_change)
+                state = state_from_json(saved["train"])
+        load_engine(engine, checkpoint, groups)
+        return checkpoint, saved, changes, state
+
+    loaded = newest_usable(saver.folder, groups, load) if resume == "auto" else load(Path(resume))
+    checkpoint, saved, changes, state = loaded
+    if "imported_from" in saved:
+        _refuse_to_mix(saver.folder, groups)
+        recorder.warn(
+            f"weights and optimizer state are those of {saved['imported_from']}; data and schedule begin anew"
+        )
+        return state, None
     for line in changes:
         recorder.warn(f"changed since the checkpoint: {line}")
-    _load_engine(engine, checkpoint)
+    if saved["world_size"] != groups.size:
+        recorder.warn(
+            f"the checkpoint was saved by {saved['world_size']} ranks, this start has {groups.size}: it goes on with "
+            "the same documents, and the same losses up to the rounding of sums"
+        )
     if checkpoint.resolve().parent == saver.folder.resolve():
         saver.saved_step = state.step
     recorder.write("resume", {"step": state.step, "path": str(checkpoint), "from_attempt": saved["attempt"]})
     return state, Origin(checkpoint, saved["attempt"])
-
-
-def _load_engine(engine: Any, checkpoint: Path) -> None:
-    """Load weights and optimizer state; the hyper-parameters stay those of this start.
-
-    DeepSpeed's loading would put back the saved ones, and what the user has changed would be ignored in silence.
-    """
-    optimizer = engine.optimizer
-    ours = [{key: group[key] for key in HYPER_PARAMETERS} for group in optimizer.param_groups]
-    load_engine(engine, checkpoint)
-    for group, values in zip(optimizer.param_groups, ours, strict=True):
-        group.update(values)
-    optimizer.clip_grad = engine.gradient_clipping()

@@ -58,7 +58,7 @@ class Saver:
         started = time.perf_counter()
 
         def write_payload(staging: Path) -> Sequence[WrittenFile]:
-            files = save_engine(run.engine, staging)  # collective: what one rank does alone, and may fail, comes after
+            files = [*save_engine(run.engine, staging)]
             if run.groups.rank == 0:
                 shutil.copytree(self.model_folder, staging / "model")
                 run.step_log.sync()

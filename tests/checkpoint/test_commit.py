@@ -18,10 +18,10 @@ import pytest
 
 from dsft.checkpoint import commit, discover
 from dsft.checkpoint.manifest import MANIFEST_NAME, WrittenFile, read_manifest
-from dsft.checkpoint.verify import newest_verified, verify
+from dsft.checkpoint.verify import find_damage, newest_usable
 from dsft.dist import Groups
 from dsft.errors import CheckpointError, SaveError
-from dsft.fsio import HashedFile
+from dsft.fsio import fsync_file, hash_file
 from tests.support.alone import ALONE
 from tests.support.ranks import run_ranks
 
@@ -32,11 +32,12 @@ def payload(rank: int, step: int, num_bytes: int = 3000) -> bytes:
 
 def write(rank: int, step: int, staging: Path, num_bytes: int = 3000) -> list[WrittenFile]:
     (staging / "shards").mkdir(exist_ok=True)
-    with HashedFile(staging / "shards" / f"rank-{rank}.bin") as file:
-        file.write(payload(rank, step, num_bytes))
+    path = staging / "shards" / f"rank-{rank}.bin"
+    path.write_bytes(payload(rank, step, num_bytes))
+    fsync_file(path)
     if rank == 0:
         (staging / "helper.py").write_text("added by a library that tells nobody\n")
-    return [WrittenFile(f"shards/rank-{rank}.bin", file.num_bytes, file.sha256)]
+    return [WrittenFile(f"shards/rank-{rank}.bin", *hash_file(path))]
 
 
 def save(groups: Groups, folder: str, step: int, **changes: Any) -> str:
@@ -202,6 +203,14 @@ def test_kill_at_every_change_of_the_file_system(tmp_path: Path) -> None:
     assert newest_steps == {"step-00000002", "step-00000003"}
 
 
+def newest_verified(folder: Path, groups: Groups) -> Path:
+    def use(checkpoint: Path) -> Path:
+        groups.agree(find_damage(checkpoint))
+        return checkpoint
+
+    return newest_usable(folder, groups, use)
+
+
 def choose(groups: Groups, folder: str) -> str:
     try:
         return newest_verified(Path(folder), groups).name
@@ -240,27 +249,13 @@ def test_damage_is_found_before_use_and_the_older_one_taken(tmp_path: Path, how:
     assert "a resume was asked for" in texts[0]
 
 
-def verify_one(groups: Groups, folder: str) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        verify(Path(folder), groups)
-    return str(caught.value)
-
-
-def test_the_verdict_is_everyones(tmp_path: Path) -> None:
-    run_ranks(save_many, 2, str(tmp_path), [1])
-    damage(tmp_path / "step-00000001", "flip")
-    texts = run_ranks(verify_one, 2, str(tmp_path / "step-00000001"))
-    assert texts[0] == texts[1]
-    assert "rank-1.bin is damaged" in texts[0]
-
-
 def test_no_checkpoint_is_an_error_and_partial_ones_do_not_count(tmp_path: Path) -> None:
     assert discover.newest(tmp_path / "nowhere") is None
     (tmp_path / "step-00000009").mkdir()
     (tmp_path / "step-00000009" / "model.pt").write_bytes(b"half")
     assert discover.newest(tmp_path) is None
     with pytest.raises(CheckpointError, match="step-00000009"):
-        discover.require_newest(tmp_path)
+        newest_verified(tmp_path, ALONE)
 
 
 def test_retention_keeps_the_newest_and_what_was_just_saved(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def world_size(run_dir: Path) -> int:
     """Number of ranks that saved the last checkpoint."""
     checkpoint = max((run_dir / "checkpoints").glob("step-*"))
     size = json.loads((checkpoint / "state.json").read_text())["world_size"]
-    assert len(list(checkpoint.glob("deepspeed/*optim_states.pt"))) == size
+    assert len(list(checkpoint.glob("shards/*.safetensors"))) == size
     return int(size)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dsft.batch.loader import Loader
+from dsft.checkpoint.engine_state import EngineState
 from dsft.config.deepspeed import build_deepspeed_config
 from dsft.config.models import RunConfig
 from dsft.dist import Groups, drop_shared_memory_name
@@ -146,20 +147,17 @@ def built_run(
     groups.barrier()
 
 
-_PARTITIONS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-"""Where DeepSpeed's optimizers of ZeRO 3, ZeRO 1 and 2, and bf16 under ZeRO 1 keep this rank's fp32 weights."""
-
-
 def state_digest(engine: Any) -> str:
-    """Hash of this rank's part: fp32 weights, and every tensor of the optimizer's state."""
+    """Hash of this rank's part: fp32 weights, and every tensor of the optimizer's state. Not of ZeRO's padding."""
     digest = hashlib.sha256()
-    optimizer = engine.optimizer
-    partitions = next(getattr(optimizer, name) for name in _PARTITIONS if hasattr(optimizer, name))
-    for partition in partitions:
-        digest.update(partition.detach().numpy().tobytes())
-        state = optimizer.optimizer.state.get(partition, {})
-        for name in sorted(state):
-            digest.update(f"{name}".encode() + torch.as_tensor(state[name]).numpy().tobytes())
+    state = EngineState(engine)
+    layout = state.layout()
+    digest.update(f"{layout.step}".encode())
+    for one in state.slices_to_write():
+        for key in layout.keys_of(one.tensor):
+            digest.update(
+                f"{one.tensor.name}/{key}".encode() + state.view(one, key).view(torch.uint8).numpy().tobytes()
+            )
     return digest.hexdigest()
 
 

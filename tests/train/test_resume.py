@@ -15,10 +15,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsft.dist import Groups
+from dsft.metrics.recorder import METRICS_NAME
 from dsft.store.types import Document
+from dsft.train.step_log import DATA_LOG_NAME
 from tests.support.ranks import run_ranks
 from tests.support.stores import text_document, write_store
-from tests.support.training import Outcome, run_training
+from tests.support.training import Outcome, read_lines, run_training
 
 pytestmark = [pytest.mark.launch]
 
@@ -85,6 +87,28 @@ def _run(groups: Groups, folder: Path, kind: str) -> tuple[Outcome, dict[int, Ou
         run_dir = folder / f"{kind}-{groups.size}-from-{step}"
         resumed[step] = run_training(groups, run_dir, config, stores, False, resume=str(checkpoint))
     return whole, resumed
+
+
+def _resume_elsewhere(groups: Groups, folder: Path, step: int) -> Outcome:
+    config = _config("text", folder / "model")
+    checkpoint = folder / "text-1" / "checkpoints" / f"step-{step:08d}"
+    config["checkpoint"] = {}
+    config["deepspeed"]["zero_optimization"]["stage"] = groups.size - 1
+    run_dir = folder / f"text-1-on-{groups.size}"
+    return run_training(groups, run_dir, config, [folder / "text"], False, resume=str(checkpoint))
+
+
+@pytest.mark.timeout(400)
+def test_resumed_on_other_ranks_and_with_another_stage(folder: Path) -> None:
+    """ZeRO 3 on one rank goes on as ZeRO 2 on three and as ZeRO 1 on two: the same documents, the same losses."""
+    if not (folder / "text-1").exists():
+        run_ranks(_run, 1, folder, "text", timeout_seconds=380)
+    losses = [record["loss"] for record in read_lines(folder / "text-1" / METRICS_NAME, "step")][6:]
+    hashes = [line["data_hash"] for line in read_lines(folder / "text-1" / DATA_LOG_NAME)][6:]
+    for size in (2, 3):
+        outcome = run_ranks(_resume_elsewhere, size, folder, 6, timeout_seconds=200)[0]
+        assert outcome.losses == pytest.approx(losses, rel=0, abs=1e-5)
+        assert [line["data_hash"] for line in outcome.data] == hashes
 
 
 @pytest.mark.timeout(400)
