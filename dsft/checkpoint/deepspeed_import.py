@@ -268,7 +268,7 @@ def _layout(
     for group, flats in zip(base["param_groups"], members_of, strict=True):
         kept = {key: value for key, value in group.items() if key not in ("params", "names")}
         groups.append({"hyper_parameters": kept, "parameters": [name for members in flats for name in members]})
-    first = next(iter(base["state"].values()), {})
+    first: dict[str, Any] = next(iter(base["state"].values()), {})
     return Layout(
         num_ranks=num_ranks,
         zero_stage=stage,
