@@ -1,0 +1,232 @@
+"""What a checkpoint costs, beside DeepSpeed's own on the same disk: ZeRO-3, all state on the CPU, two ranks.
+
+- ``stall_ratio``: how long a save holds up training / how long DeepSpeed's ``save_checkpoint`` does (it does not wait
+  for the disk; dsft does). Median of the saves, taken in turn.
+- ``load_ratio``: loading at three ranks what two have saved / DeepSpeed's ``load_checkpoint`` at the same two. Both
+  from a dropped page cache, into a fresh engine.
+- ``read_ratio``: bytes read by all ranks in that load / 12 bytes a parameter.
+- ``slowdown_ratio``: 20 steps with one save among them / 20 steps without.
+- ``extra_memory_mib``: growth of a rank's resident memory during a save, at its peak (the larger rank).
+
+``--full`` uses 100 million parameters instead of 20. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WIDTH = 1024
+NUM_LAYERS, FULL_NUM_LAYERS = 19, 95
+NUM_SAVES = 3
+NUM_STEPS = 20
+RESHAPED_RANKS = 3
+
+
+def make_engine(num_layers: int) -> Any:
+    """Square layers of about a million parameters each; ZeRO-3, all state on the CPU. Collective."""
+    import deepspeed
+    import torch
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu", "pin_memory": False},
+            "offload_param": {"device": "cpu", "pin_memory": False},
+        },
+    }
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(num_layers)))
+    optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(model.parameters(), lr=1e-4, adamw_mode=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def train(engine: Any, num_steps: int) -> None:
+    """Steps on random vectors."""
+    import torch
+
+    for _ in range(num_steps):
+        engine.backward(engine(torch.randn(8, WIDTH)).pow(2).mean())
+        engine.step()
+
+
+def seconds_of(groups: Any, action: Callable[[], object]) -> float:
+    """Wall time until every rank is through."""
+    groups.barrier()
+    begin = time.perf_counter()
+    action()
+    groups.barrier()
+    return time.perf_counter() - begin
+
+
+def memory_bytes(field: str) -> int:
+    """``VmRSS`` or ``VmHWM`` (its peak) of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Make the next read of these files come from the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure_saves(groups: Any, folder: Path, num_layers: int) -> dict[str, Any]:
+    """Both kinds of save in turn, and what one save does to 20 steps. Leaves one checkpoint of each kind."""
+    from dsft.checkpoint.commit import save
+    from dsft.checkpoint.payload import estimate_bytes, save_engine
+    from dsft.dist import without_prints
+
+    engine = make_engine(num_layers)
+    train(engine, 2)
+
+    def save_ours(step: int) -> None:
+        save(
+            folder / "dsft",
+            step,
+            groups=groups,
+            attempt="benchmark",
+            write_payload=lambda staging: save_engine(engine, staging),
+            payload_bytes=estimate_bytes(engine),
+            state={},
+            keep_last=1,
+        )
+
+    def save_theirs(step: int) -> None:
+        with without_prints():
+            engine.save_checkpoint(str(folder / "deepspeed"), tag="same", save_latest=False)
+
+    ours, theirs, growth_bytes = [], [], 0
+    for step in range(1, NUM_SAVES + 1):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before_bytes = memory_bytes("VmRSS")
+        ours.append(seconds_of(groups, lambda step=step: save_ours(step)))
+        growth_bytes = max(growth_bytes, memory_bytes("VmHWM") - before_bytes)
+        theirs.append(seconds_of(groups, lambda step=step: save_theirs(step)))
+    plain_seconds = seconds_of(groups, lambda: train(engine, NUM_STEPS))
+
+    def train_and_save() -> None:
+        train(engine, NUM_STEPS // 2)
+        save_ours(NUM_SAVES + 1)
+        train(engine, NUM_STEPS // 2)
+
+    with_save_seconds = seconds_of(groups, train_and_save)
+    if groups.rank == 0:
+        drop_page_cache(folder)
+    return {
+        "num_parameters": sum(parameter.ds_numel for parameter in engine.module.parameters()),
+        "save_seconds": statistics.median(ours),
+        "deepspeed_save_seconds": statistics.median(theirs),
+        "slowdown_ratio": with_save_seconds / plain_seconds,
+        "extra_memory_mib": max(groups.all_gather_object(growth_bytes)) / 2**20,
+    }
+
+
+def measure_load(groups: Any, folder: Path, num_layers: int) -> dict[str, Any]:
+    """dsft's load into a fresh engine, at this number of ranks."""
+    from dsft.checkpoint.discover import newest
+    from dsft.checkpoint.payload import load_engine
+
+    engine = make_engine(num_layers)
+    checkpoint = newest(folder / "dsft")
+    assert checkpoint is not None
+
+    def read_bytes() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])  # rchar: what read calls returned
+
+    before_bytes = read_bytes()
+    load_seconds = seconds_of(groups, lambda: load_engine(engine, checkpoint, groups))
+    return {"load_seconds": load_seconds, "bytes_read": sum(groups.all_gather_object(read_bytes() - before_bytes))}
+
+
+def measure_deepspeed_load(groups: Any, folder: Path, num_layers: int) -> dict[str, Any]:
+    """DeepSpeed's load into a fresh engine, at the number of ranks that saved."""
+    from dsft.dist import without_prints
+
+    engine = make_engine(num_layers)
+    with without_prints():
+        seconds = seconds_of(groups, lambda: engine.load_checkpoint(str(folder / "deepspeed"), tag="same"))
+    return {"deepspeed_load_seconds": seconds}
+
+
+PHASES = {"saves": measure_saves, "load": measure_load, "deepspeed_load": measure_deepspeed_load}
+
+
+def run_rank(phase: str, folder: Path, num_layers: int) -> None:
+    """One rank of a phase; rank 0 prints the result."""
+    import torch
+
+    from dsft import dist
+    from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
+    from dsft.world import discover_world
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    prepare_deepspeed_ops(needed_ops("cpu", cpu_adam=True), "cpu")
+    groups = dist.init(discover_world(os.environ, None), "cpu")
+    result = PHASES[phase](groups, folder, num_layers)
+    if groups.rank == 0:
+        print(json.dumps(result), flush=True)
+    groups.close()
+
+
+def run_phase(phase: str, num_ranks: int, folder: Path, num_layers: int) -> dict[str, Any]:
+    """Run a phase in ``num_ranks`` processes and return rank 0's result."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(num_ranks):
+        place = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_SIZE": num_ranks}
+        environ = {key: str(value) for key, value in {**place, "MASTER_PORT": port}.items()}
+        environ |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, "--phase", phase, "--folder", str(folder), "--layers", str(num_layers)]
+        ranks.append(subprocess.Popen(command, env={**os.environ, **environ}, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in ranks]
+    if any(process.returncode != 0 for process in ranks):
+        raise SystemExit(f"phase {phase} failed: exit codes {[process.returncode for process in ranks]}")
+    result: dict[str, Any] = json.loads(outputs[0].strip().splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Measure and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="100 million parameters instead of 20")
+    parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.phase:
+        run_rank(arguments.phase, arguments.folder, arguments.layers)
+        return
+    num_layers = FULL_NUM_LAYERS if arguments.full else NUM_LAYERS
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        found = run_phase("saves", 2, folder, num_layers)
+        found |= run_phase("load", RESHAPED_RANKS, folder, num_layers)
+        found |= run_phase("deepspeed_load", 2, folder, num_layers)
+    found["stall_ratio"] = found["save_seconds"] / found["deepspeed_save_seconds"]
+    found["load_ratio"] = found["load_seconds"] / found["deepspeed_load_seconds"]
+    found["read_ratio"] = found["bytes_read"] / (12 * found["num_parameters"])
+    print(json.dumps({key: round(value, 4) for key, value in found.items()}))
+
+
+if __name__ == "__main__":
+    main()
