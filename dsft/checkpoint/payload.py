@@ -29,6 +29,11 @@ BYTES_PER_PARAMETER = 12
 """fp32 master weight and Adam's two moments."""
 
 
+def check_engine(engine: Any) -> None:
+    """Raises ConfigError when the state of this engine cannot be saved: at the start, not at the first save."""
+    EngineState(engine)
+
+
 def save_engine(engine: Any, folder: Path) -> Sequence[WrittenFile]:
     """Write this rank's part of a DeepSpeed engine's state into ``folder``. Not collective.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft.checkpoint.discover import load_state, newest
-from dsft.checkpoint.payload import load_engine
+from dsft.checkpoint.payload import check_engine, load_engine
 from dsft.checkpoint.verify import newest_usable
 from dsft.config.load import config_differences
 from dsft.errors import CheckpointError, ConfigError
@@ -89,6 +89,8 @@ def restore(
         CheckpointError: one was asked for and there is none that is whole, or it is of another model.
         ConfigError: none was asked for, but the run folder has checkpoints; or as :func:`check_state`.
     """
+    with groups.together():
+        check_engine(engine)
     if resume is None:
         _refuse_to_mix(saver.folder, groups)
         return TrainState(cursor=start), None

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from dsft.checkpoint.commit import save
-from dsft.checkpoint.payload import estimate_bytes, load_engine, save_engine
+from dsft.checkpoint.payload import check_engine, estimate_bytes, load_engine, save_engine
 from dsft.dist import Groups
-from dsft.errors import CheckpointError, SaveError
+from dsft.errors import CheckpointError, ConfigError, SaveError
 from dsft.export.weights import WeightReader
 from tests.support.ranks import run_ranks
 from tests.support.toy_engine import SETTINGS, differing, make_engine, train, whole_state
@@ -135,6 +135,19 @@ def test_one_rank_that_cannot_write_stops_the_save_on_all(tmp_path: Path) -> Non
     assert "File too large" in texts[0]
     assert "(rank 1 on " in texts[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002"]
+
+
+def make_unsupported(groups: Groups) -> str:
+    engine = make_engine(SETTINGS["stage 1"], seed=1)
+    engine.optimizer.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    with pytest.raises(ConfigError) as caught:
+        check_engine(engine)
+    return str(caught.value)
+
+
+def test_an_optimizer_with_other_state_is_refused_by_name() -> None:
+    (text,) = run_ranks(make_unsupported, 1, timeout_seconds=200)
+    assert "the optimizer SGD; it knows Adam, AdamW, DeepSpeedCPUAdam" in text
 
 
 def _refusal(action: Callable[[], object]) -> str:
