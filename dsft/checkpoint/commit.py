@@ -140,12 +140,12 @@ def _check_space(groups: Groups, staging: Path, payload_bytes: int) -> None:
     groups.agree(error)
 
 
-def _write(write_payload: WritePayload, staging: Path) -> tuple[Sequence[WrittenFile], SaveError | None]:
+def _write(write_payload: WritePayload, staging: Path) -> tuple[Sequence[WrittenFile], Exception | None]:
     try:
         return write_payload(staging), None
     except OSError as failure:
         return (), save_error(Path(failure.filename or staging), failure)
-    except SaveError as failure:
+    except Exception as failure:  # noqa: BLE001  (whatever it is, no rank may wait for one that is gone)
         return (), failure
 
 
