@@ -126,7 +126,7 @@ def make_inputs(folder: Path) -> None:
 def make_run(folder: Path, groups: dist.Groups, device_type: dist.DeviceType) -> tuple[Run, TrainState, Feed]:
     """The run as ``dsft train`` builds it, but for evaluation, checkpoints and the console."""
     config = make_config(folder, device_type, groups.size)
-    tokenizer = setup.open_tokenizer(config, None)
+    tokenizer = setup.open_tokenizer(config)
     data = setup.open_data(config, tokenizer, worker=groups.rank, num_workers=groups.size)
     deepspeed_config = build_deepspeed_config(config, groups.size, device_type)
     engine, hf_config = setup.build_engine(config, data, groups, None, deepspeed_config, device_type)

@@ -22,13 +22,13 @@ def audit_run(config: RunConfig, name: str | None) -> list[SourceAudit]:
     """Audit the training sources of a run, or the one called ``name``. Raises ConfigError where there is none."""
     from dsft.corpus.audit import audit_source, held_out_ngrams
     from dsft.errors import ConfigError
-    from dsft.train.setup import model_folder, open_tokenizer
+    from dsft.train.setup import open_tokenizer
 
     sections = [section for section in config.data.sources if name in (None, section.name)]
     if not sections:
         names = ", ".join(section.name for section in config.data.sources)
         raise ConfigError(f"--source {name}: {config.file} has no source of that name; it has {names}.")
-    tokenizer = open_tokenizer(config, model_folder(config))
+    tokenizer = open_tokenizer(config)
     words = config.data.audit.ngram_words
     held_out = {section.name: held_out_ngrams(section, tokenizer, words) for section in config.evaluate.sets}
     found = []

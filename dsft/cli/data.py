@@ -73,7 +73,7 @@ def preview(file: Path, overrides: tuple[str, ...], as_json: bool, name: str | N
     from dsft.config.models import EvaluationSetSection, SourceSection
     from dsft.corpus.preview import preview_source
     from dsft.errors import ConfigError
-    from dsft.train.setup import model_folder, open_tokenizer
+    from dsft.train.setup import open_tokenizer
 
     config = load_config(file, overrides)
     sections: list[SourceSection | EvaluationSetSection] = list(config.data.sources)
@@ -83,7 +83,7 @@ def preview(file: Path, overrides: tuple[str, ...], as_json: bool, name: str | N
         if not sections:
             names = ", ".join(section.name for section in known)
             raise ConfigError(f"--source {name}: {file} has no source of that name; it has {names}.")
-    tokenizer = open_tokenizer(config, model_folder(config))
+    tokenizer = open_tokenizer(config)
     previews = {section.name: list(preview_source(section, tokenizer, count)) for section in sections}
     if as_json:
         value = [{"name": key, "records": [asdict(item) for item in items]} for key, items in previews.items()]

@@ -46,9 +46,9 @@ def prepare_run(config: RunConfig, num_workers: int) -> list[Path]:
 
     from dsft.config.models import EvaluationSetSection, SourceSection
     from dsft.corpus.workers import prepare_with_workers
-    from dsft.train.setup import model_folder, open_tokenizer, store_folder
+    from dsft.train.setup import open_tokenizer, store_folder
 
-    make_tokenizer = partial(open_tokenizer, config, model_folder(config))
+    make_tokenizer = partial(open_tokenizer, config)
     sections: list[SourceSection | EvaluationSetSection] = [*config.data.sources, *config.evaluate.sets]
     with progress_display() as progress:
         return prepare_with_workers(

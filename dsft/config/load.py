@@ -69,6 +69,7 @@ def apply_override(document: Document, override: str, origins: dict[Path, str]) 
         ConfigError: no ``=``, a list position that does not exist, or a key below something that has no keys.
     """
     key, equals, text = override.partition("=")
+    key = re.sub(r"\[(\d+)\]", r".\1", key)  # sources[0], as jq and Python spell a list position
     if not equals or not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", key):
         raise ConfigError(f"--set {override}: write it as --set section.key=value, for example --set train.lr=1e-5.")
     value = read_yaml(text, f"--set {key}").value
@@ -88,6 +89,7 @@ def apply_override(document: Document, override: str, origins: dict[Path, str]) 
             step = part
             if not last and place.get(part) is None:
                 place[part] = {}
+                origins[(*path, step)] = f"--set {key}"
         else:
             raise ConfigError(f"--set {override}: {dotted(path)} is {explain.kind_of(place)} and has no keys below it.")
         path = (*path, step)

@@ -8,37 +8,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from dsft.config.columns import RecordFormat, check_columns
-from dsft.config.units import Count, PositiveCount
+from dsft.config.schedule import ScheduleSection
+from dsft.config.section import Beta, FolderPath, NonNegativeFloat, PositiveFloat, Section, UnitInterval
+from dsft.config.units import PositiveCount
 
-UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 _Item = TypeVar("_Item")
 Items = Annotated[tuple[_Item, ...], Field(strict=False)]
 """A YAML list. Not strict about list against tuple; the items stay strict."""
+DataPath = (
+    Annotated[str, Field(min_length=1)] | Annotated[Items[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and no key that is not declared."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        protected_namespaces=(),
-        use_attribute_docstrings=True,  # the docstrings below fields are the descriptions of `dsft config schema`
-    )
 
 
 class RunSection(Section):
     """Who this run is and where it writes."""
 
     name: Name
-    dir: str
+    dir: FolderPath
     """Folder of the run: logs, checkpoints, resolved config. One live run may own it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 17
     world_size: Annotated[int, Field(ge=1)] | None = None
@@ -103,7 +93,7 @@ class SourceSection(Section):
     """One source of training documents."""
 
     name: Name
-    path: str | Items[str]
+    path: DataPath
     """File, folder, glob, or a list of them: .jsonl .jsonl.gz .jsonl.zst .parquet .txt .arrow, or a folder that
     ``datasets.save_to_disk`` wrote."""
     format: RecordFormat = "text"
@@ -168,7 +158,7 @@ class DataSection(Section):
     stages: Items[StageSection] = ()
     chat_template: str | None = None
     """File with a Jinja chat template, or the name of a built-in one (chatml). Default: the tokenizer's own."""
-    store_dir: str | None = None
+    store_dir: FolderPath | None = None
     """Where token stores are kept, shared by runs; default: ``store`` beside the run's folder."""
     bad_records: Literal["error", "skip"] = "error"
     overlong: Literal["split", "truncate", "drop"] = "split"
@@ -212,27 +202,6 @@ class DataSection(Section):
         return self
 
 
-class ScheduleSection(Section):
-    """Learning-rate schedule, in steps or in trained tokens (not both)."""
-
-    kind: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
-    warmup_steps: Count | None = None
-    warmup_tokens: Count | None = None
-    decay_steps: Count | None = None
-    """Length of the final decay of warmup_stable_decay."""
-    decay_tokens: Count | None = None
-    min_lr_ratio: UnitInterval = 0.1
-    """Learning rate at the end, as a share of train.lr (0.1 is the usual choice for cosine)."""
-
-    @model_validator(mode="after")
-    def _one_unit(self) -> ScheduleSection:
-        steps = self.warmup_steps is not None or self.decay_steps is not None
-        tokens = self.warmup_tokens is not None or self.decay_tokens is not None
-        if steps and tokens:
-            raise ValueError("train.schedule: give warmup and decay both in steps or both in tokens")
-        return self
-
-
 class TrainSection(Section):
     """Length, batch, optimizer and loss."""
 
@@ -245,7 +214,7 @@ class TrainSection(Section):
     """Packs in one optimizer step, over all ranks."""
     micro_batch_packs: Annotated[int, Field(ge=1)] = 1
     lr: PositiveFloat
-    betas: Annotated[tuple[UnitInterval, UnitInterval], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     """Applies to matrices; norms, biases and other vectors have none."""
@@ -263,6 +232,7 @@ class TrainSection(Section):
     def _one_length(self) -> TrainSection:
         if sum(value is not None for value in (self.tokens, self.steps, self.epochs)) != 1:
             raise ValueError("train: give exactly one of tokens, steps, epochs")
+        self.schedule.check_fits("tokens" if self.steps is None else "steps", self.steps or self.tokens)
         return self
 
 
@@ -277,7 +247,7 @@ class EvaluationSetSection(Section):
     """One held-out set."""
 
     name: Name
-    path: str | Items[str]
+    path: DataPath
     format: RecordFormat = "text"
     text_field: str = "text"
     columns: dict[str, str] = Field(default_factory=dict)

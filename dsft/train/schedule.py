@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dsft.config.models import ScheduleSection
+from dsft.config.schedule import ScheduleSection
 from dsft.errors import ConfigError
 
 
@@ -76,25 +76,13 @@ def build_schedule(section: ScheduleSection, *, lr: float, steps: int | None, to
     in_tokens = tokens is not None
     length = tokens if tokens is not None else steps
     assert length is not None, "the run's length is known in one unit"
+    try:
+        section.check_fits("tokens" if in_tokens else "steps", length)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
     decay = section.decay_tokens if in_tokens else section.decay_steps
-    foreign = section.decay_steps if in_tokens else section.decay_tokens
-    unit = "tokens" if in_tokens else "steps"
-    if foreign is not None:
-        raise ConfigError(
-            f"train.schedule: this run's length is in {unit}, so the decay must be too; give decay_{unit} "
-            f"instead of decay_{'steps' if in_tokens else 'tokens'}."
-        )
-    if section.kind == "warmup_stable_decay" and decay is None:
-        raise ConfigError(
-            f"train.schedule: kind warmup_stable_decay needs decay_{unit}, the length of its final decay."
-        )
     warmup_in_tokens = section.warmup_tokens is not None
     warmup = (section.warmup_tokens if warmup_in_tokens else section.warmup_steps) or 0
-    taken = (decay or 0) + (warmup if warmup_in_tokens == in_tokens else 0)
-    if taken > length:
-        raise ConfigError(
-            f"train.schedule: warm-up and decay take {taken:,} {unit}, but the run has only {length:,}; shorten them."
-        )
     return Schedule(
         kind=section.kind,
         lr=lr,

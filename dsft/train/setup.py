@@ -22,7 +22,9 @@ from dsft.corpus.prepare import prepare_sources
 from dsft.corpus.progress import ProgressLines
 from dsft.corpus.tokenizer import Tokenizer, load_tokenizer
 from dsft.dist import DeviceType, Groups, without_prints
-from dsft.export.resolve import is_dsft_folder, weights_folder
+from dsft.errors import ModelError
+from dsft.export.hugging_face import MODEL_FOLDER
+from dsft.export.resolve import checkpoint_of, is_dsft_folder, weights_folder
 from dsft.fsio import save_error
 from dsft.model.flops import ModelCost
 from dsft.model.load import check_loadable, load_model
@@ -58,18 +60,45 @@ class Data:
 
 
 def model_folder(config: RunConfig) -> str | None:
-    """Where weights and tokenizer come from; a dsft checkpoint is exported once and read as an ordinary folder."""
+    """Where weights come from; a dsft checkpoint is exported once and read as an ordinary folder.
+
+    Raises:
+        ModelError: ``model.path`` is a path on this host and nothing is there.
+    """
     path = config.model.path
-    if path is not None and is_dsft_folder(Path(path)):
+    if path is None:
+        return None
+    if is_dsft_folder(Path(path)):
         return str(weights_folder(Path(path), trust_remote_code=config.model.trust_remote_code))
+    check_there("model.path", path)
     return path
 
 
-def open_tokenizer(config: RunConfig, folder: str | None) -> Tokenizer:
-    """The run's one tokenizer."""
+def check_there(key: str, path: str) -> None:
+    """Raise ModelError for a local path with nothing there, which transformers would look for on the hub.
+
+    A hub name is ``name`` or ``owner/name``; what has another form, or lies in a folder that exists here, is a path.
+    """
+    place = Path(path)
+    is_local = path.startswith((".", "/", "~")) or len(place.parts) > 2 or path.endswith("/")
+    if not place.exists() and (is_local or (len(place.parts) == 2 and place.parent.is_dir())):
+        raise ModelError(
+            f"{key}: there is no folder {path} (looked from {Path.cwd()}). Give a Hugging Face folder, a dsft run or "
+            "checkpoint, or a hub name."
+        )
+
+
+def open_tokenizer(config: RunConfig) -> Tokenizer:
+    """The run's one tokenizer. Of a dsft checkpoint it is read where it lies, without exporting the weights."""
     section = config.model
-    path = section.tokenizer if section.tokenizer is not None else folder
-    assert path is not None, "the configuration demands a tokenizer when there is no model folder"
+    if section.tokenizer is not None:
+        check_there("model.tokenizer", section.tokenizer)
+        path = section.tokenizer
+    else:
+        assert section.path is not None, "the configuration demands a tokenizer when there is no model folder"
+        check_there("model.path", section.path)
+        is_dsft = is_dsft_folder(Path(section.path))
+        path = str(checkpoint_of(Path(section.path)) / MODEL_FOLDER) if is_dsft else section.path
     return load_tokenizer(
         path,
         section.revision if section.tokenizer is None else None,

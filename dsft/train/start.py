@@ -17,12 +17,12 @@ from dsft.config.deepspeed import build_deepspeed_config
 from dsft.config.load import config_differences, config_to_json
 from dsft.config.models import RunConfig
 from dsft.constants import EXIT_OK, EXIT_STOPPED_EARLY
-from dsft.errors import SaveError
+from dsft.errors import ConfigError, SaveError
 from dsft.evaluate.overfit import OverfitWatch
 from dsft.evaluate.run import HeldOutSet
 from dsft.fsio import write_json
 from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
-from dsft.launch.owner import RunFolder, take_run_folder
+from dsft.launch.owner import RunFolder, read_run_state, take_run_folder
 from dsft.launch.stop import StopFlag
 from dsft.metrics.console import Console, set_up_logging
 from dsft.metrics.recorder import Recorder
@@ -128,6 +128,8 @@ def start(config: RunConfig, options: Options, *, local_rank_argument: int | Non
             "versions": versions(),
         },
     )
+    with groups.together():
+        check_run_folder(Path(config.run.dir))
     folder = take_run_folder(Path(config.run.dir), groups)
     state: TrainState | None = None
     try:
@@ -184,8 +186,30 @@ def _train(run: Run, state: TrainState, folder: RunFolder) -> int:
     return EXIT_STOPPED_EARLY if outcome == "stopped" else EXIT_OK
 
 
+def check_run_folder(folder: Path) -> None:
+    """Raise ConfigError where the run's ``config.json`` would replace one that is no run's (a model's)."""
+    saved = folder / "config.json"
+    if not saved.is_file():
+        return
+    try:
+        values = json.loads(saved.read_bytes())
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or not {"run", "model", "data", "train"} <= values.keys():
+        raise ConfigError(
+            f"run.dir: {folder} is no run folder, because its config.json is not one of dsft's; a run would replace "
+            "it. Give the run a folder of its own."
+        )
+
+
 def _write_failure(folder: RunFolder, step: int | None, error: BaseException) -> None:
-    """Say in ``run_state.json`` that the run is over; if even that fails, the first error is still the one to raise."""
+    """Say in ``run_state.json`` that the run is over; if even that fails, the first error is still the one to raise.
+
+    A start that was refused before it began leaves the run as it was: finished, or stopped with everything saved.
+    """
+    before = read_run_state(folder.path)
+    if step is None and before is not None and before["status"] in ("finished", "stopped"):
+        return
     try:
         folder.write_state("failed", step, error=str(error) or type(error).__name__)
     except SaveError as second:
@@ -211,7 +235,7 @@ def _agreed_data(config: RunConfig, groups: dist.Groups) -> tuple[setup.Data, st
     """Tokenizer and stores; an error on one rank (a bad record in its shard) ends all of them with its message."""
     with groups.together():
         weights = setup.model_folder(config)
-        tokenizer = setup.open_tokenizer(config, weights)
+        tokenizer = setup.open_tokenizer(config)
         data = setup.open_data(config, tokenizer, worker=groups.rank, num_workers=groups.size)
     check_same_stores(groups, (*data.stores, *data.held_out))
     return data, weights

@@ -76,3 +76,4 @@ def test_dry_run_says_what_training_then_does(config_file: Path) -> None:
     assert again.returncode == 2
     assert "--resume auto" in again.stderr
     assert "Traceback" not in again.stderr
+    assert json.loads((run / "run_state.json").read_text())["status"] == "finished"

@@ -52,11 +52,16 @@ def test_loads_and_keeps_types(tmp_path: Path) -> None:
             "path: 3",
             ["line 10", "data.sources.1.path: expected text", "or expected a list"],
         ),
+        ("path: [a.jsonl, b.jsonl]", "path: []", ["line 10", "data.sources.1.path", "at least 1 item"]),
+        ("path: [a.jsonl, b.jsonl]", "path: ''", ["line 10", "data.sources.1.path", "at least 1 character"]),
         ("path: /models/none", "path: null", ["line 2", "either model.path", "or model.config"]),
         ("name: qa", "name: papers", ["line 7", "two sources share a name", "'papers'"]),
         ("lr: 1e-5\n", "lr: 1e-5\nlog: 3\n", ["line 18", "log: expected a section", "got 3"]),
         ("lr: 1e-5", "lr: 1e-5\n  lr: 2e-5", ["line 18", "train.lr is given twice", "line 17"]),
         ("name: small", "name: a/b", ["line 1", "run.name: expected text that matches"]),
+        ("lr: 1e-5", "lr: .inf", ["line 17", "train.lr: expected a finite number"]),
+        ("weight: 0.8", "weight: .inf", ["line 8", "data.sources.0.weight: expected a finite number"]),
+        ("lr: 1e-5", "lr: 1e-5\n  betas: [0.9, 1.0]", ["line 18", "train.betas.1: expected less than 1"]),
     ],
 )
 def test_bad_values_name_file_line_key_and_expectation(tmp_path: Path, old: str, new: str, parts: list[str]) -> None:
@@ -113,7 +118,7 @@ def test_overrides(tmp_path: Path) -> None:
             "train.lr=2e-4",
             "data.sources.0.weight=0.5",
             "train.schedule.kind=linear",
-            "data.sources.1.path=[x, y]",
+            "data.sources[1].path=[x, y]",
             "log={every_steps: 3}",
             "train.tokens=null",
             "train.steps=12",
@@ -141,6 +146,12 @@ def test_overrides(tmp_path: Path) -> None:
         ("run.seed.x=1", ["run.seed is the value 17 and has no keys"]),
         ("train.lr=[1", ["--set train.lr", "not valid YAML"]),
         ("train.schedule.warmup_steps=1.5", ["--set train.schedule.warmup_steps", "not a whole number"]),
+        ("nosection.x=3", ["--set nosection.x: ", "unknown key"]),
+        ("data.sources[2].weight=1", ["data.sources is a list of 2", "0 to 1"]),
+        ("run.dir=~/runs", ["--set run.dir", "'~/runs' begins with '~'", "written out"]),
+        ("run.dir=", ["--set run.dir", "expected text"]),
+        ("run.dir=''", ["--set run.dir", "at least 1 character"]),
+        ("data.store_dir=$HOME/store", ["--set data.store_dir", "written out"]),
     ],
 )
 def test_bad_overrides_name_themselves(tmp_path: Path, override: str, parts: list[str]) -> None:
@@ -148,6 +159,29 @@ def test_bad_overrides_name_themselves(tmp_path: Path, override: str, parts: lis
     for part in parts:
         assert part in text
     assert "run.yaml" not in text  # the file is not to blame
+
+
+@pytest.mark.parametrize(
+    ("schedule", "part"),
+    [
+        ("kind: warmup_stable_decay", "needs decay_tokens"),
+        ("kind: warmup_stable_decay, decay_steps: 5", "give decay_tokens instead of decay_steps"),
+        ("kind: warmup_stable_decay, warmup_tokens: 1M, decay_tokens: 2M", "3,000,000 tokens, but the run has only"),
+        ("kind: cosine, warmup_tokens: 3M", "the run has only 2,500,000; shorten them"),
+        ("kind: cosine, decay_tokens: 1M", "cosine would ignore it"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused_before_any_data_is_read(tmp_path: Path, schedule: str, part: str) -> None:
+    text = message(write_run_yaml(tmp_path, "lr: 1e-5", f"lr: 1e-5\n  schedule: {{{schedule}}}"))
+    assert f"{tmp_path / 'run.yaml'}, line 18: train.schedule: " in text
+    assert part in text
+
+
+def test_a_schedule_over_epochs_is_checked_when_the_data_is_known(tmp_path: Path) -> None:
+    overrides = ("data.sources=[{name: s, path: p}]", "train.tokens=null", "train.epochs=2")
+    load_config(write_run_yaml(tmp_path), (*overrides, "train.schedule={kind: cosine, warmup_tokens: 90B}"))
+    text = message(write_run_yaml(tmp_path), *overrides, "train.schedule={kind: warmup_stable_decay, decay_steps: 3}")
+    assert "give decay_tokens instead of decay_steps" in text
 
 
 def test_json_round_trip(tmp_path: Path) -> None:

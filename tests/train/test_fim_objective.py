@@ -49,7 +49,7 @@ def test_from_yaml_to_batch(tmp_path: Path) -> None:
     texts = [f"def add_{n}(a, b):\n    return a + b + {n}  # <|fim_middle|> is text here\n" for n in range(12)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     run = config(tmp_path, tiny_tokenizer_folder(tmp_path))
-    tokenizer = setup.open_tokenizer(run, None)
+    tokenizer = setup.open_tokenizer(run)
     assert len({tokenizer.control.id_of(token) for token in SENTINELS}) == 3
     folders = prepare_sources(run.data.sources, tokenizer, tmp_path / "store", 0, 1, "error")
     data = setup.Data(tokenizer, tuple(SourceStore(folder) for folder in folders), ())

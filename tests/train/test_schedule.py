@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dsft.config.models import ScheduleSection
+from dsft.config.schedule import ScheduleSection
 from dsft.errors import ConfigError
 from dsft.train.schedule import Position, build_schedule
 

@@ -1,0 +1,35 @@
+"""What the sections of a run's YAML file share: their base class, and the kinds of numbers in them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""Decay of a running mean; with 1 Adam would divide by zero."""
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+def _written_out(path: str) -> str:
+    if path[:1] in ("~", "$"):
+        raise ValueError(f"{path!r} begins with {path[0]!r}, which no shell expands here; the path must be written out")
+    return path
+
+
+FolderPath = Annotated[str, Field(min_length=1), AfterValidator(_written_out)]
+"""A folder that dsft makes where it is missing, so that a path that cannot be meant would not be noticed."""
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and no key that is not declared."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,  # the docstrings below fields are the descriptions of `dsft config schema`
+    )
