@@ -1,0 +1,82 @@
+"""Tensors cut as ZeRO cuts them, written by n ranks, read in any ranges: the layout's formula, the shard files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from dsft.checkpoint.layout import StoredTensor, shard_name
+from dsft.checkpoint.manifest import MANIFEST_NAME, Manifest, manifest_to_json
+from dsft.checkpoint.opened import OpenCheckpoint
+from dsft.checkpoint.shard import Entry, ShardReader, Wanted, entry_name, write_shard
+from dsft.errors import DamagedCheckpointError
+from dsft.fsio import write_json
+
+
+@given(st.integers(1, 200), st.integers(1, 60), st.integers(0, 150))
+def test_slices_cover_a_tensor_once_and_writers_are_who_wrote(num: int, slice_elements: int, offset: int) -> None:
+    tensor = StoredTensor("t", "trained", (num,), "float32", slice_elements, offset)
+    num_ranks = (num + offset) // slice_elements + 2
+    owners = [rank for rank in range(num_ranks) for _ in range(*tensor.slice_of(rank))]
+    assert len(owners) == num
+    assert [tensor.slice_of(rank)[0] for rank in owners] == sorted(tensor.slice_of(rank)[0] for rank in owners)
+    for start in range(0, num, 7):
+        for stop in range(start + 1, num + 1, 5):
+            wrote = [rank for rank in tensor.writers_of(start, stop) if set(range(*tensor.slice_of(rank)))]
+            assert sorted(set(owners[start:stop])) == wrote
+
+
+def write_checkpoint(folder: Path, tensors: dict[StoredTensor, torch.Tensor], num_ranks: int) -> OpenCheckpoint:
+    files = []
+    for rank in range(num_ranks):
+        parts = [(tensor, whole[slice(*tensor.slice_of(rank))]) for tensor, whole in tensors.items()]
+        entries = [Entry(entry_name(tensor, "weight"), tensor.dtype, part.numel()) for tensor, part in parts]
+        files.append(tuple(write_shard(folder, rank, entries, (part for _, part in parts))))
+    write_json(folder / MANIFEST_NAME, manifest_to_json(Manifest(1, "a", num_ranks, tuple(files))))
+    return OpenCheckpoint(folder)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data(), st.integers(1, 4), st.integers(1, 5))
+def test_any_cut_reads_back_at_any_other(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, num_writers: int, num_readers: int
+) -> None:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tensors = {}
+    for number, dtype in enumerate(("int64", "float32", "bfloat16", "bool")):
+        num = data.draw(st.integers(1, 40_000), label=dtype)
+        tensor = StoredTensor(f"t{number}", "frozen", (num,), dtype, -(-num // num_writers), 0)
+        tensors[tensor] = torch.arange(num).remainder(97).to(getattr(torch, dtype))
+    checkpoint = write_checkpoint(folder, tensors, num_writers)
+    for tensor, whole in tensors.items():
+        got = torch.zeros_like(whole)
+        part = -(-len(whole) // num_readers)
+        for start in range(0, len(whole), part):
+            stop = min(start + part, len(whole))
+            for writer in tensor.writers_of(start, stop):
+                begin, end = tensor.slice_of(writer)
+                first, last = max(start, begin), min(stop, end)
+                with ShardReader(checkpoint, writer) as shard:
+                    shard.fill([Wanted(entry_name(tensor, "weight"), first - begin, got[first:last])])
+        assert torch.equal(got, whole)
+    ordinary = load_file(folder / shard_name(0))
+    for tensor, whole in tensors.items():
+        assert torch.equal(ordinary[entry_name(tensor, "weight")], whole[slice(*tensor.slice_of(0))])
+
+
+def test_a_slice_that_is_not_there_is_named(tmp_path: Path) -> None:
+    tensor = StoredTensor("t", "frozen", (10,), "float32", 10, 0)
+    checkpoint = write_checkpoint(tmp_path, {tensor: torch.zeros(10)}, 1)
+    with ShardReader(checkpoint, 0) as shard:
+        for name, into in (
+            ("u/weight", torch.zeros(1)),
+            ("t/weight", torch.zeros(11)),
+            ("t/weight", torch.zeros(1).long()),
+        ):
+            with pytest.raises(DamagedCheckpointError, match="does not hold"):
+                shard.fill([Wanted(name, 0, into)])
