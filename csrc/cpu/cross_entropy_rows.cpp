@@ -117,8 +117,8 @@ DSFT_INLINE RowResult<double> row_result(const S* logits, int64_t target, const 
     }
     SoftmaxState<double> block = block_state(values, count);
     block.total = total;
-    // Only whether the largest comes before the target or after it matters, and only if they are equal.
-    for (int64_t i = 0; block.max == target_logit && i < count && block.argmax == INT64_MAX; ++i)
+    // The first of the largest so far; looked for only where a block has a larger one than all before it.
+    for (int64_t i = 0; block.max > others.max && i < count && block.argmax == INT64_MAX; ++i)
       if (values[i] == block.max) block.argmax = start + i;
     others = merged(others, block);
   }
