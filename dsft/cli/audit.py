@@ -49,11 +49,11 @@ def print_audits(found: list[SourceAudit]) -> None:
     """A block a source: one line a finding, with its share of the rows."""
     for one in found:
         click.echo(f"{one.name}: {one.rows:,} rows, {one.tokens:,} tokens, {one.supervised_share:.1%} supervised")
-        for key in _COUNTS:
-            count = getattr(one, key)
-            click.echo(f"  {key.replace('_', ' '):<20} {count:>12,}  {one.share(count):8.3%}")
-        for name, count in one.contaminated.items():
-            click.echo(f"  {'overlaps ' + name:<20} {count:>12,}  {one.share(count):8.3%}")
+        counts = {key.replace("_", " "): getattr(one, key) for key in _COUNTS}
+        counts |= {f"overlaps {name}": count for name, count in one.contaminated.items()}
+        width = max(len(label) for label in counts)
+        for label, count in counts.items():
+            click.echo(f"  {label:<{width}} {count:>12,}  {one.share(count):8.3%}")
         histogram = ", ".join(f"to {bound:,}: {rows:,}" for bound, rows in one.lengths.items())
         click.echo(f"  tokens a row          {histogram or 'none'}")
         for reason, count, place in one.reasons:

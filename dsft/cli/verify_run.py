@@ -19,10 +19,15 @@ def print_report(report: RunReport) -> None:
     for attempt in report.attempts:
         click.echo(
             f"attempt {str(attempt['id'])[:8]}: steps {attempt['first_step']:,} to {attempt['last_step']:,} "
-            f"on {attempt['world_size']} ranks"
+            f"on {attempt['world_size']} rank(s)"
         )
     if report.superseded_steps:
         click.echo(f"{report.superseded_steps:,} logged steps do not count: they were run again, or never committed")
+    if report.steps_without_update:
+        click.echo(
+            f"{report.steps_without_update:,} steps made no update (not finite, or nothing to learn): what they were "
+            "given was not learned"
+        )
     for name, epochs in report.sources.items():
         for epoch in epochs[:MOST_EPOCHS]:
             state = "complete, every document once" if epoch.is_complete else "begun"

@@ -52,6 +52,8 @@ class RunReport:
         run: the run folder.
         checkpoint: the checkpoint whose steps were checked; None: the run has none, the logged steps were checked.
         steps, tokens: checked.
+        steps_without_update: of the checked ones: their update was skipped (not finite, or nothing supervised), so that
+            their documents were given to the model and not learned.
         superseded_steps: logged steps outside the lineage (run again later, or never committed).
         attempts: per attempt on the lineage: its id, first and last step, world size.
         sources: source name -> its passes.
@@ -63,6 +65,7 @@ class RunReport:
     checkpoint: str | None
     steps: int
     tokens: int
+    steps_without_update: int
     superseded_steps: int
     attempts: tuple[dict[str, str | int], ...]
     sources: dict[str, tuple[EpochReport, ...]]
@@ -114,6 +117,7 @@ class _Check:
     expected: dict[int, int] = field(default_factory=dict)
     """Step -> hash by plan and stores."""
     tokens: int = 0
+    num_without_update: int = 0
     usage: Usage | None = None
     source_names: tuple[str, ...] = ()
 
@@ -168,6 +172,7 @@ class _Check:
         elif len(lines) > 1:
             self.problems.append(f"step {step}: attempt {segment.attempt.id[:8]} logged it {len(lines)} times")
         for line in lines[:1]:
+            self.num_without_update += not line.get("applied", True)
             if line["tokens"] != plan.num_tokens:
                 self.problems.append(
                     f"step {step}: it was given {line['tokens']} tokens, the plan has {plan.num_tokens}"
@@ -186,6 +191,7 @@ class _Check:
             checkpoint=None if self.lineage.checkpoint is None else str(self.lineage.checkpoint),
             steps=len(self.expected),
             tokens=self.tokens,
+            steps_without_update=self.num_without_update,
             superseded_steps=self.lineage.num_superseded,
             attempts=tuple(
                 {

@@ -9,10 +9,17 @@ from typing import Any
 
 from dsft.batch.hashing import HASH_MASK
 from dsft.batch.loader import Loader
-from dsft.checkpoint.manifest import MANIFEST_NAME, STATE_NAME, Manifest, checkpoint_name, manifest_to_json
+from dsft.checkpoint.manifest import (
+    MANIFEST_NAME,
+    STATE_NAME,
+    Manifest,
+    WrittenFile,
+    checkpoint_name,
+    manifest_to_json,
+)
 from dsft.config.load import config_to_json
 from dsft.config.models import RunConfig
-from dsft.fsio import write_json
+from dsft.fsio import hash_file, write_json
 from dsft.metrics.json_lines import JsonLines
 from dsft.sampling.fim import FillInTheMiddle
 from dsft.sampling.types import Cursor
@@ -105,7 +112,8 @@ class LoggedRun:
         folder = self.checkpoint(step)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / STATE_NAME, {"attempt": name, "train": {"step": step}})
-        write_json(folder / MANIFEST_NAME, manifest_to_json(Manifest(step, name, num_ranks, ())))
+        state = WrittenFile(STATE_NAME, *hash_file(folder / STATE_NAME))
+        write_json(folder / MANIFEST_NAME, manifest_to_json(Manifest(step, name, num_ranks, ((state,),))))
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -155,6 +155,17 @@ def _log_twice(lines: list[dict[str, Any]]) -> None:
     lines.insert(5, _line_of(lines, "aaaa", 5))
 
 
+def test_steps_that_taught_nothing_are_counted(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["data", "verify-run", str(copied / "run")]) == 0
+    assert "no update" not in capsys.readouterr().out
+    lines = _lines(copied)
+    for attempt, step in (("aaaa", 3), ("bbbb", 11), ("aaab", 10)):  # the last one is superseded
+        _line_of(lines, attempt, step)["applied"] = False
+    _write_lines(copied, lines)
+    assert run_cli(["data", "verify-run", str(copied / "run")]) == 0
+    assert "\n2 steps made no update (not finite, or nothing to learn)" in capsys.readouterr().out
+
+
 def _superseded(lines: list[dict[str, Any]]) -> None:
     _line_of(lines, "aaab", 10)["data_hash"] = 5
 
