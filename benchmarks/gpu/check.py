@@ -83,8 +83,8 @@ def run(step: Step, command: list[str], seconds: float, deadline: Deadline) -> s
             command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=limit, check=False
         )
     except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
-        step.status, step.said = "failed", f"not done after {limit:.0f} s; {said[-2000:].decode(errors='replace')}"
+        said = error.stdout if isinstance(error.stdout, str) else (error.stdout or b"").decode(errors="replace")
+        step.status, step.said = "failed", f"not done after {limit:.0f} s; {said[-2000:]}"
         return ""
     if done.returncode != 0:
         step.status = "failed"
