@@ -69,8 +69,9 @@ def preview(file: Path, overrides: tuple[str, ...], as_json: bool, name: str | N
     On a terminal learned text is green and the rest is grey; elsewhere learned text is in double brackets. Nothing is
     written.
     """
+    from dsft.config.evaluation import EvaluationSetSection
     from dsft.config.load import load_config
-    from dsft.config.models import EvaluationSetSection, SourceSection
+    from dsft.config.models import SourceSection
     from dsft.corpus.preview import preview_source
     from dsft.errors import ConfigError
     from dsft.train.setup import open_tokenizer

@@ -21,9 +21,12 @@ EXIT_INTERRUPTED = 130
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("dsft.cli.demo:command", "Train, evaluate and export a small model on an embedded corpus."),
     "prepare": ("dsft.cli.prepare:command", "Turn the raw data of a run into token stores."),
+    "estimate": ("dsft.cli.estimate:command", "Memory, time and cost of a run, before it is started."),
     "train": ("dsft.cli.train:command", "Train as a YAML file says; the same command under every launcher."),
     "ckpt": ("dsft.cli.ckpt:command", "List, check, show and compare checkpoints; import DeepSpeed's."),
+    "eval": ("dsft.cli.evaluate:command", "Measure held-out sets on a model or checkpoint; compare two."),
     "export": ("dsft.cli.export:command", "Write a checkpoint as a Hugging Face folder."),
+    "report": ("dsft.cli.report:command", "Write one page about a run: curves, verdicts, answers."),
     "config": ("dsft.cli.config:command", "Show or check a configuration, or print its JSON schema."),
     "data": ("dsft.cli.data:command", "Statistics and previews of data; proof of what was trained."),
     "ops": ("dsft.cli.ops:command", "Build dsft's native operations, or say which are in use."),

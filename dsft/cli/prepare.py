@@ -44,7 +44,8 @@ def prepare_run(config: RunConfig, num_workers: int) -> list[Path]:
     """Prepare every source and held-out set of a run with a progress display on stderr; returns the store folders."""
     from functools import partial
 
-    from dsft.config.models import EvaluationSetSection, SourceSection
+    from dsft.config.evaluation import EvaluationSetSection
+    from dsft.config.models import SourceSection
     from dsft.corpus.workers import prepare_with_workers
     from dsft.train.setup import open_tokenizer, store_folder
 

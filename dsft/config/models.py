@@ -6,22 +6,25 @@ nearest known key). Lengths in tokens end in ``_tokens``, durations in ``_second
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from dsft.config.columns import RecordFormat, check_columns
+from dsft.config.evaluation import EvaluateSection
 from dsft.config.schedule import ScheduleSection
-from dsft.config.section import Beta, FolderPath, NonNegativeFloat, PositiveFloat, Section, UnitInterval
-from dsft.config.units import PositiveCount
-
-_Item = TypeVar("_Item")
-Items = Annotated[tuple[_Item, ...], Field(strict=False)]
-"""A YAML list. Not strict about list against tuple; the items stay strict."""
-DataPath = (
-    Annotated[str, Field(min_length=1)] | Annotated[Items[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+from dsft.config.section import (
+    Beta,
+    DataPath,
+    FolderPath,
+    Items,
+    Name,
+    NonNegativeFloat,
+    PositiveFloat,
+    Section,
+    UnitInterval,
 )
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+from dsft.config.units import PositiveCount
 
 
 class RunSection(Section):
@@ -241,63 +244,6 @@ class CheckpointSection(Section):
 
     every_steps: PositiveCount | None = None
     keep_last: Annotated[int, Field(ge=1)] = 3
-
-
-class EvaluationSetSection(Section):
-    """One held-out set."""
-
-    name: Name
-    path: DataPath
-    format: RecordFormat = "text"
-    text_field: str = "text"
-    columns: dict[str, str] = Field(default_factory=dict)
-    """As for a source."""
-    supervise: Literal["assistant", "last_assistant", "all"] = "assistant"
-    source: str | None = None
-    """The training source this set is held out from; its training loss is shown beside the held-out loss."""
-    max_documents: PositiveCount | None = None
-    generate: Annotated[int, Field(ge=0)] = 0
-    """Number of prompts answered greedily for exact match and token F1 (instruction formats only)."""
-    max_new_tokens: Annotated[int, Field(ge=1)] = 128
-
-    @model_validator(mode="after")
-    def _known_columns(self) -> EvaluationSetSection:
-        check_columns(self.format, self.columns)
-        if self.generate and self.format == "text":
-            raise ValueError("generate answers prompts, and raw text has none; remove it, or give another format")
-        return self
-
-
-class EarlyStopSection(Section):
-    """Stop when a held-out loss rises while its training loss falls."""
-
-    patience: Annotated[int, Field(ge=1)] = 3
-    """Evaluations in a row that the held-out loss must be above its best while training loss still falls."""
-
-
-class EvaluateSection(Section):
-    """Held-out sets and when they are measured."""
-
-    every_steps: PositiveCount | None = None
-    at_start: bool = False
-    at_stage_ends: bool = True
-    at_end: bool = True
-    sets: Items[EvaluationSetSection] = ()
-    early_stop: EarlyStopSection | None = None
-    """Absent: overfitting is only warned about."""
-
-    @model_validator(mode="after")
-    def _can_decide(self) -> EvaluateSection:
-        names = [held_out.name for held_out in self.sets]
-        if len(set(names)) != len(names):
-            raise ValueError(
-                f"evaluate.sets: two sets share a name: {sorted(n for n in names if names.count(n) > 1)[0]!r}"
-            )
-        if self.early_stop is not None and not any(held_out.source for held_out in self.sets):
-            raise ValueError(
-                "evaluate.early_stop compares held-out with training loss, so it needs a set whose source is given"
-            )
-        return self
 
 
 class LogSection(Section):

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+_Item = TypeVar("_Item")
+Items = Annotated[tuple[_Item, ...], Field(strict=False)]
+"""A YAML list. Not strict about list against tuple; the items stay strict."""
+DataPath = (
+    Annotated[str, Field(min_length=1)] | Annotated[Items[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+)
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 """Decay of a running mean; with 1 Adam would divide by zero."""

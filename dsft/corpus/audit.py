@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from dsft.config.models import AuditSection, DataSection, EvaluationSetSection
+from dsft.config.evaluation import EvaluationSetSection
+from dsft.config.models import AuditSection, DataSection
 from dsft.corpus.listing import RawShard, list_shards
 from dsft.corpus.near_duplicates import NUM_MINIMA, count_copies, minima, near_copies, ngram_hashes, text_hash
 from dsft.corpus.prepare import Section, make_encoder, make_task

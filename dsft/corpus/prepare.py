@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dsft.config.models import EvaluationSetSection, SourceSection
+from dsft.config.evaluation import EvaluationSetSection
+from dsft.config.models import SourceSection
 from dsft.constants import STORE_VERSION
 from dsft.corpus.chat import ChatMarker
 from dsft.corpus.encode import Encoder

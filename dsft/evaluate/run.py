@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dsft.evaluate.generation import evaluate_generation
-from dsft.evaluate.held_out import evaluate_loss
+from dsft.evaluate.answers import Answers, KeptAnswers, answer
+from dsft.evaluate.generation import GenerationResult, check_each, score_each, summarise_scores
+from dsft.evaluate.held_out import DocumentLosses, LossResult, measure_documents, summarise
+from dsft.evaluate.memorisation import Memorisation, measure_memorisation
 from dsft.evaluate.overfit import Overfitting, OverfitWatch
 
 if TYPE_CHECKING:
     from dsft.batch.collate import BatchSpec
-    from dsft.config.models import EvaluationSetSection
+    from dsft.config.evaluation import EvaluationSetSection
     from dsft.corpus.tokenizer import Tokenizer
     from dsft.dist import Groups
     from dsft.model.packed import PackedCausalLM
@@ -29,6 +31,33 @@ class HeldOutSet:
     section: EvaluationSetSection
     store: SourceStore
     spec: BatchSpec
+
+
+@dataclass(frozen=True, slots=True)
+class SetResult:
+    """Everything measured of one set, equal on all ranks.
+
+    Attributes:
+        documents: of each document. loss: of the set.
+        answers, each, outcomes: the answers, their scores by name, and the checker's word on each.
+        generation: scores of all answers. These four are None, or empty, where nothing is generated.
+        memorisation: None where it is not probed.
+    """
+
+    documents: DocumentLosses
+    loss: LossResult
+    answers: Answers | None
+    each: dict[str, list[float]]
+    outcomes: list[str]
+    generation: GenerationResult | None
+    memorisation: Memorisation | None
+    seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """The scores, without documents and answers."""
+        scores = {} if self.generation is None else asdict(self.generation)
+        scores.update({} if self.memorisation is None else asdict(self.memorisation))
+        return {**asdict(self.loss), **scores, "seconds": self.seconds}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,32 +97,53 @@ def evaluate_all(
     overfitting: list[Overfitting] = []
     for held_out in sets:
         section = held_out.section
-        started = time.perf_counter()
-        loss = evaluate_loss(
-            model, held_out.store, held_out.spec, groups, device=device, max_documents=section.max_documents
-        )
+        result = evaluate_set(held_out, model, tokenizer, groups, device=device, seed=seed)
         train_loss = train_losses.get(section.source) if section.source is not None else None
-        record = {
-            "step": step,
-            "tokens_trained": tokens_trained,
-            "set": section.name,
-            "train_loss": train_loss,
-            **asdict(loss),
-        }
-        if section.generate > 0:
-            answers = evaluate_generation(
-                model,
-                held_out.store,
-                tokenizer,
-                groups,
-                num_prompts=section.generate,
-                max_new_tokens=section.max_new_tokens,
-                seed=seed,
-            )
-            record.update(asdict(answers))
-        record["seconds"] = time.perf_counter() - started
-        records.append(record)
-        found = watch.observe(section.name, step, loss.loss, train_loss)
+        records.append(
+            {
+                "step": step,
+                "tokens_trained": tokens_trained,
+                "set": section.name,
+                "train_loss": train_loss,
+                **result.record(),
+            }
+        )
+        found = watch.observe(section.name, step, result.loss.loss, train_loss)
         if found is not None:
             overfitting.append(found)
     return Evaluation(tuple(records), tuple(overfitting))
+
+
+def evaluate_set(
+    held_out: HeldOutSet,
+    model: PackedCausalLM,
+    tokenizer: Tokenizer,
+    groups: Groups,
+    *,
+    device: torch.device,
+    seed: int,
+    kept: KeptAnswers | None = None,
+) -> SetResult:
+    """Measure one set on every rank (collective).
+
+    Args:
+        kept: answers of an evaluation that was interrupted; new ones are added to it.
+    """
+    started = time.perf_counter()
+    section = held_out.section
+    documents = measure_documents(
+        model, held_out.store, held_out.spec, groups, device=device, max_documents=section.max_documents
+    )
+    loss = summarise(documents, seed=seed, purpose=section.name)
+    memorisation = None
+    if section.memorisation is not None:
+        memorisation = measure_memorisation(model, held_out.store, tokenizer, groups, section, seed=seed)
+    if section.generate == 0:
+        return SetResult(documents, loss, None, {}, [], None, memorisation, time.perf_counter() - started)
+    answers = answer(model, held_out.store, tokenizer, groups, section, seed=seed, kept=kept)
+    with groups.together():  # the user's checker runs once, on rank 0
+        each = score_each(answers, section)
+        outcomes = check_each(answers, section) if groups.world.rank == 0 else []
+    outcomes = groups.broadcast_object(outcomes)
+    generation = summarise_scores(answers, each, outcomes, section, seed=seed)
+    return SetResult(documents, loss, answers, each, outcomes, generation, memorisation, time.perf_counter() - started)

@@ -36,10 +36,14 @@ def model_cost(hf_config: Any) -> ModelCost:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config))
+        return cost_of(AutoModelForCausalLM.from_config(copy.deepcopy(hf_config)))
+
+
+def cost_of(hf: Any) -> ModelCost:
+    """Cost of a Hugging Face causal model, which may be without storage."""
     head = hf.get_output_embeddings().weight
     embeddings = {id(head), id(hf.get_input_embeddings().weight)}
-    text = hf_config.get_text_config()
+    text = hf.config.get_text_config()
     active_experts = _first(text, _EXPERTS_PER_TOKEN, 1) / _first(text, _NUM_EXPERTS, 1)
     matrices = 0.0
     for name, parameter in hf.named_parameters():

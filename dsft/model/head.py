@@ -43,7 +43,7 @@ class MaskedLMHead(nn.Module):
         rows: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
         row_weight: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Raw logits (``hidden`` alone: generation), or the loss of the supervised rows.
 
         Args:
@@ -52,7 +52,8 @@ class MaskedLMHead(nn.Module):
 
         Returns:
             Logits [..., V] as the model's own head gives them (the model applies its scale and cap itself); or
-            ``(loss_sum, row_nll)``: fp32 scalar ``sum(row_weight * nll)``, and fp32[n] without gradient.
+            ``(loss_sum, row_nll, row_correct)``: fp32 scalar ``sum(row_weight * nll)``, fp32[n] without gradient, and
+            bool[n], whether the target has the first of the largest logits.
         """
         if rows is None or targets is None or row_weight is None:
             return F.linear(hidden, self.weight, self.bias)
@@ -67,7 +68,7 @@ class MaskedLMHead(nn.Module):
             soft_cap=self.transform.soft_cap,
             logits_bytes=self.logits_bytes,
         )
-        return result.loss, result.row_nll
+        return result.loss, result.row_nll, result.row_correct
 
 
 def logit_transform(config: Any) -> LogitTransform:

@@ -51,7 +51,7 @@ def load_model(
     """
     stage = int((deepspeed_config or {}).get("zero_optimization", {}).get("stage", 0))
     dtype = DTYPES[section.dtype]
-    config = _hf_config(section, vocab_tokens)
+    config = read_hf_config(section, vocab_tokens)
     _import_model_class(config, section)
     with _partitioned_creation(deepspeed_config if stage == 3 else None):
         if section.path is None:
@@ -77,7 +77,7 @@ def check_loadable(section: ModelSection, vocab_tokens: int) -> None:
     Raises:
         ModelError, ConfigError: as :func:`load_model`.
     """
-    _import_model_class(_hf_config(section, vocab_tokens), section)
+    _import_model_class(read_hf_config(section, vocab_tokens), section)
 
 
 def resolved_commit(model: PackedCausalLM) -> str | None:
@@ -105,7 +105,13 @@ def _partitioned_creation(deepspeed_config: dict[str, Any] | None) -> Iterator[N
         del alive
 
 
-def _hf_config(section: ModelSection, vocab_tokens: int) -> Any:
+def read_hf_config(section: ModelSection, vocab_tokens: int) -> Any:
+    """The transformers config of ``section``; ``vocab_tokens`` is the vocabulary of an inline one that states none.
+
+    Raises:
+        ModelError: there is no such model, or transformers does not know it.
+        ConfigError: an unknown key in an inline ``model.config``.
+    """
     from transformers import AutoConfig
 
     if isinstance(section.config, dict):

@@ -19,11 +19,13 @@ class PackedOutput(NamedTuple):
     Attributes:
         loss: fp32 scalar, ``sum(row_weight * nll)``.
         row_nll: fp32[n], unweighted and without gradient.
+        row_correct: bool[n], whether the model's first choice is the target.
         aux_loss: fp32 scalar, the router loss times the micro-batch's document tokens; 0 for models without one.
     """
 
     loss: torch.Tensor
     row_nll: torch.Tensor
+    row_correct: torch.Tensor
     aux_loss: torch.Tensor
 
 
@@ -81,11 +83,11 @@ class PackedCausalLM(nn.Module):
             dsft_documents=self.documents(cu_seqlens, max_seqlen),
             **({"output_router_logits": True} if self.has_router_loss else {}),
         )
-        loss, row_nll = self.head()(decoder.last_hidden_state, rows, targets, row_weight)
+        loss, row_nll, row_correct = self.head()(decoder.last_hidden_state, rows, targets, row_weight)
         if not self.has_router_loss:
-            return PackedOutput(loss, row_nll, loss.new_zeros(()))
+            return PackedOutput(loss, row_nll, row_correct, loss.new_zeros(()))
         assert num_tokens is not None, "a model with a router loss needs the number of document tokens"
-        return PackedOutput(loss, row_nll, router_loss(self.hf, decoder.router_logits, num_tokens))
+        return PackedOutput(loss, row_nll, row_correct, router_loss(self.hf, decoder.router_logits, num_tokens))
 
 
 def _use_packed_attention(hf: Any) -> None:

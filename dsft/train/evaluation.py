@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dsft.batch.types import StepBatch
-from dsft.config.models import EvaluateSection
+from dsft.config.evaluation import EvaluateSection
 from dsft.corpus.tokenizer import Tokenizer
+from dsft.evaluate.forgetting import Forgetting, forgetting
 from dsft.evaluate.overfit import OverfitWatch
-from dsft.evaluate.run import HeldOutSet, evaluate_all
+from dsft.evaluate.run import Evaluation, HeldOutSet, evaluate_all
 from dsft.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -59,10 +60,11 @@ class EvaluationPlan:
                 state.train_loss[name] = [total + loss * weight, weights + weight]
 
     def measure(self, run: Run, state: TrainState) -> bool:
-        """Measure all sets (collective), write their records, warn of overfitting.
+        """Measure all sets (collective), write their records, warn of overfitting, forgetting and memorisation.
 
         Returns:
-            Whether training is to stop early: a set is overfitted and ``evaluate.early_stop`` is set.
+            Whether training is to stop early: a set is overfitted and ``evaluate.early_stop`` is set, or a set's loss
+            has risen by more than its ``max_rise``.
         """
         if not self.sets:
             return False
@@ -81,10 +83,34 @@ class EvaluationPlan:
         )
         for record in evaluation.records:
             run.recorder.write("evaluation", record)
-        for found in evaluation.overfitting:
-            run.recorder.warn(found.message)
+        forgotten = self._forgotten(evaluation, state)
+        messages = [found.message for found in evaluation.overfitting] + [found.message for found in forgotten]
+        for message in messages + self._memorised(evaluation):
+            run.recorder.warn(message)
         state.train_loss = {}
         self._last_step = state.step
         state.overfit = self.watch.to_json()
         run.step_log.exclude(time.perf_counter() - started)
-        return bool(evaluation.overfitting) and self.section.early_stop is not None
+        return bool(forgotten) or (bool(evaluation.overfitting) and self.section.early_stop is not None)
+
+    def _forgotten(self, evaluation: Evaluation, state: TrainState) -> list[Forgetting]:
+        """Sets whose loss is above their limit; the losses of the first evaluation are remembered in the state."""
+        found = []
+        for held_out, record in zip(self.sets, evaluation.records, strict=True):
+            name = held_out.section.name
+            first_loss = state.first_loss.setdefault(name, record["loss"])
+            found.append(forgetting(name, first_loss, record["loss"], held_out.section.max_rise))
+        return [one for one in found if one is not None]
+
+    def _memorised(self, evaluation: Evaluation) -> list[str]:
+        """A warning for each set of which more is reproduced than its limit allows."""
+        messages = []
+        for held_out, record in zip(self.sets, evaluation.records, strict=True):
+            probe = held_out.section.memorisation
+            if probe is not None and probe.max_share is not None and record["memorised_share"] > probe.max_share:
+                messages.append(
+                    f"set {held_out.section.name!r} is being memorised: {record['memorised_share']:.1%} of "
+                    f"{record['num_probed']} documents are continued word for word (limit: max_share "
+                    f"{probe.max_share:g}). Remove duplicates, train for fewer epochs, or lower the learning rate."
+                )
+        return messages

@@ -48,7 +48,7 @@ def train(run: Run, state: TrainState) -> str:
     """Train from ``state`` to the end of the data, ``max_steps``, a stop request or an early stop.
 
     Returns:
-        ``finished``, ``stopped`` (on request) or ``early_stop`` (overfitting); the state is saved in each case.
+        ``finished``, ``stopped`` (on request) or ``early_stop`` (overfitting, forgetting); the state is saved.
     """
     batches = run.loader.steps(state.cursor)
     outcome = "finished"

@@ -16,7 +16,8 @@ import torch
 
 from dsft.batch.collate import BatchSpec
 from dsft.batch.loader import Loader
-from dsft.config.models import EvaluationSetSection, FillInTheMiddleSection, RunConfig, SourceSection
+from dsft.config.evaluation import EvaluationSetSection
+from dsft.config.models import FillInTheMiddleSection, RunConfig, SourceSection
 from dsft.corpus.chat import ChatMarker
 from dsft.corpus.prepare import prepare_sources
 from dsft.corpus.progress import ProgressLines

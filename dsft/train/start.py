@@ -18,6 +18,7 @@ from dsft.config.load import config_differences, config_to_json
 from dsft.config.models import RunConfig
 from dsft.constants import EXIT_OK, EXIT_STOPPED_EARLY
 from dsft.errors import ConfigError, SaveError
+from dsft.evaluate.generation import check_section
 from dsft.evaluate.overfit import OverfitWatch
 from dsft.evaluate.run import HeldOutSet
 from dsft.fsio import write_json
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 _LAST_WORDS = {
     "finished": "finished after step %d; everything is saved",
-    "early_stop": "ended early after step %d, because a held-out loss rises (evaluate.early_stop); everything is saved",
+    "early_stop": "ended early after step %d, because a held-out loss rises (see the warning); everything is saved",
     "stopped": "stopped on request after step %d; everything is saved: go on with --resume auto",
 }
 
@@ -275,6 +276,7 @@ def build_run(
     )
     prove(engine.module, engine.device)
     with groups.together():
+        evaluation = _evaluation(config, data, state)
         if is_main:
             attempt = Attempt.of(folder.attempt, state.step, origin, identity, data.stores, objectives)
             append_attempt(folder.path, attempt)
@@ -285,7 +287,7 @@ def build_run(
         loader=setup.build_loader(config, data, planner, cost, rank=groups.rank, num_ranks=groups.size),
         schedule=build_schedule(config.train.schedule, lr=config.train.lr, steps=config.train.steps, tokens=tokens),
         saver=saver,
-        evaluation=_evaluation(config, data, state),
+        evaluation=evaluation,
         recorder=recorder,
         step_log=step_log,
         stop=rank.stop,
@@ -307,6 +309,8 @@ def _evaluation(config: RunConfig, data: setup.Data, state: TrainState) -> Evalu
         HeldOutSet(one, store, setup.held_out_spec(config, data.tokenizer, store))
         for one, store in zip(section.sets, data.held_out, strict=True)
     )
+    for held_out in sets:
+        check_section(held_out.section, held_out.store, data.tokenizer)
     return EvaluationPlan(section, sets, data.tokenizer, OverfitWatch.from_json(patience, state.overfit))
 
 

@@ -22,6 +22,7 @@ class TrainState:
         num_skipped: steps whose update was skipped because loss or gradient was not finite, or nothing was supervised.
         num_skipped_in_row: of these, not-finite ones since the last step that was applied.
         overfit: state of the overfitting watch (JSON).
+        first_loss: per held-out set, its loss at the run's first evaluation.
         train_loss: per source, since the last evaluation: [weighted sum of the loss, sum of weights].
     """
 
@@ -32,6 +33,7 @@ class TrainState:
     num_skipped: int = 0
     num_skipped_in_row: int = 0
     overfit: dict[str, Any] = field(default_factory=dict)
+    first_loss: dict[str, float] = field(default_factory=dict)
     train_loss: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -44,6 +46,7 @@ class TrainState:
             "num_skipped": self.num_skipped,
             "num_skipped_in_row": self.num_skipped_in_row,
             "overfit": self.overfit,
+            "first_loss": self.first_loss,
             "train_loss": self.train_loss,
         }
 

@@ -26,6 +26,7 @@ LAYERS: list[dict[str, set[str]]] = [
     {"corpus": set(), "sampling": set()},
     {"batch": set()},
     {"train": {"evaluate", "export"}, "evaluate": set(), "export": set()},
+    {"advise": set(), "report": set()},
     {"cli": {"demo"}, "demo": {"cli"}, "__main__": {"cli"}},
 ]
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}

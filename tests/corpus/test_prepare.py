@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from dsft.config.models import EvaluationSetSection, SourceSection
+from dsft.config.evaluation import EvaluationSetSection
+from dsft.config.models import SourceSection
 from dsft.corpus.prepare import prepare_sources, source_folder
 from dsft.corpus.preview import preview_source
 from dsft.corpus.progress import PrepareProgress, ProgressLines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsft.batch.collate import BatchSpec
-from dsft.config.models import EvaluationSetSection
+from dsft.config.evaluation import EvaluationSetSection
 from dsft.corpus.tokenizer import Tokenizer, load_tokenizer
 from dsft.errors import DataError
-from dsft.evaluate.generation import GenerationResult, choose_questions, evaluate_generation, stop_ids
+from dsft.evaluate.answers import KeptAnswers, answer, choose_questions, stop_ids
+from dsft.evaluate.generation import GenerationResult, check_section, score_each, summarise_scores
 from dsft.evaluate.overfit import OverfitWatch
 from dsft.evaluate.run import Evaluation, HeldOutSet, evaluate_all
 from dsft.model.packed import PackedCausalLM
@@ -45,6 +47,12 @@ class _Alone:
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return [value]
+
+    def broadcast_object(self, value: Any) -> Any:
+        return value
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +106,9 @@ def _conversation(tokenizer: Tokenizer, question: str, answer: str) -> Document:
 
 def _evaluate(groups: Any, folder: Path) -> dict[str, Any]:
     model = PackedCausalLM(LlamaForCausalLM.from_pretrained(folder / "model"))
-    result = evaluate_generation(
-        model,
-        SourceStore(folder / "store"),
-        _tokenizer(folder),
-        groups,
-        num_prompts=10,
-        max_new_tokens=16,
-        seed=1,
-    )
+    section = EvaluationSetSection(name="qa", path="x", format="messages", generate=10, max_new_tokens=16)
+    answers = answer(model, SourceStore(folder / "store"), _tokenizer(folder), groups, section, seed=1)
+    result = summarise_scores(answers, score_each(answers, section), [], section, seed=1)
     return {name: getattr(result, name) for name in GenerationResult.__slots__}
 
 
@@ -143,6 +145,58 @@ def test_does_not_depend_on_the_world_size(folder: Path) -> None:
     alone = _evaluate(_Alone(), folder)
     for result in run_ranks(_evaluate, 3, folder, timeout_seconds=120):
         assert result == alone
+
+
+def _sampled(groups: Any, folder: Path, kept: Path | None = None) -> list[str]:
+    """Answers sampled hot enough that greedy choice would give others."""
+    model = PackedCausalLM(LlamaForCausalLM.from_pretrained(folder / "model"))
+    section = EvaluationSetSection(
+        name="qa", path="x", format="messages", generate=10, max_new_tokens=16, temperature=2.0, top_p=0.95
+    )
+    store = SourceStore(folder / "store")
+    answers = None if kept is None else KeptAnswers(kept)
+    return list(answer(model, store, _tokenizer(folder), groups, section, seed=1, kept=answers).answers)
+
+
+def test_sampled_answers_come_from_seed_and_position_alone(folder: Path) -> None:
+    alone = _sampled(_Alone(), folder)
+    assert len(set(alone)) == len(PAIRS)
+    assert alone != [pair[1] for pair in PAIRS]
+    assert _sampled(_Alone(), folder) == alone
+    assert run_ranks(_sampled, 2, folder, timeout_seconds=120) == [alone, alone]
+
+
+def test_an_interrupted_evaluation_asks_only_what_has_no_answer_yet(folder: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "answers.jsonl"
+    whole = _sampled(_Alone(), folder, kept)
+    lines = kept.read_bytes().splitlines(keepends=True)
+    assert len(lines) == len(PAIRS)
+    changed = {**json.loads(lines[0]), "ids": [5]}  # shows that it was taken, not asked again
+    kept.write_bytes(json.dumps(changed).encode() + b"\n" + lines[1] + lines[2][:-4])  # killed in the third line
+    again = _sampled(_Alone(), folder, kept)
+    assert [before == after for before, after in zip(whole, again, strict=True)].count(False) == 1
+    assert again[changed["question"]] == _tokenizer(folder).decode([5]).strip()
+    assert [json.loads(line)["question"] for line in kept.read_bytes().splitlines()][:2] == [
+        changed["question"],
+        json.loads(lines[1])["question"],
+    ]
+    assert len(KeptAnswers(kept).read()) == len(PAIRS)
+
+
+def test_what_cannot_be_scored_is_refused_before_anything_is_generated(folder: Path, tmp_path: Path) -> None:
+    tokenizer = _tokenizer(folder)
+    section = EvaluationSetSection(name="qa", path="x", format="messages", generate=10, max_new_tokens=16)
+    check_section(section, SourceStore(folder / "store"), tokenizer)
+    empty = _conversation(tokenizer, "And then?", "")
+    store = write_store(tmp_path / "empty", [_conversation(tokenizer, *PAIRS[0]), empty], name="qa")
+    with pytest.raises(DataError, match=r"'qa': 1 of 2 references are empty.*And then\?"):
+        check_section(section, store, tokenizer)
+    with pytest.raises(DataError, match=r"checker none\.py is not there"):
+        check_section(section.model_copy(update={"checker": "none.py"}), SourceStore(folder / "store"), tokenizer)
+    model = PackedCausalLM(LlamaForCausalLM.from_pretrained(folder / "model"))
+    long = section.model_copy(update={"max_new_tokens": 2048})
+    with pytest.raises(DataError, match="more than the model's context of 2,048"):
+        answer(model, SourceStore(folder / "store"), tokenizer, _Alone(), long, seed=1)  # type: ignore[arg-type]
 
 
 def test_questions_are_what_stands_before_the_last_span(folder: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsft.batch.collate import BatchSpec
 from dsft.errors import DataError
-from dsft.evaluate.held_out import LossResult, choose_documents, evaluate_loss
+from dsft.evaluate.held_out import LossResult, choose_documents, measure_documents, summarise
 from dsft.model.packed import PackedCausalLM
 from dsft.store.reader import SourceStore
 from dsft.store.types import Document
@@ -66,13 +66,16 @@ def _spec(store: SourceStore) -> BatchSpec:
 
 def _evaluate(store: SourceStore, groups: Any, max_documents: int | None = None) -> LossResult:
     model = PackedCausalLM(_plain_model())
-    return evaluate_loss(model, store, _spec(store), groups, device=torch.device("cpu"), max_documents=max_documents)
+    cpu = torch.device("cpu")
+    documents = measure_documents(model, store, _spec(store), groups, device=cpu, max_documents=max_documents)
+    return summarise(documents, seed=1, purpose="held-out")
 
 
-def _reference(documents: list[Document]) -> tuple[float, int]:
-    """Summed nll and number of supervised tokens in fp64: each piece of a document alone, in plain transformers."""
+def _reference(documents: list[Document]) -> tuple[float, int, int]:
+    """Summed nll, number of supervised tokens, and first choices among them, in fp64: each piece
+    of a document alone, in plain transformers."""
     model = _plain_model().double().eval()
-    total, count = 0.0, 0
+    total, count, correct = 0.0, 0, 0
     for document in documents:
         ids = torch.from_numpy(document.ids.astype(np.int64))
         supervised = {t for start, end in document.spans.tolist() for t in range(max(start, 1), end)}
@@ -83,14 +86,18 @@ def _reference(documents: list[Document]) -> tuple[float, int]:
                 target = start + row + 1
                 if target in supervised:
                     total -= float(log_probs[row, ids[target]])
+                    correct += int(log_probs[row].argmax()) == int(ids[target])
                     count += 1
-    return total, count
+    return total, count, correct
 
 
 def test_equals_plain_transformers_per_document_in_fp64(tmp_path: Path) -> None:
     documents = _documents()
     result = _evaluate(write_store(tmp_path, documents, num_shards=3), _Alone())
-    nll, num_tokens = _reference(documents)
+    nll, num_tokens, num_correct = _reference(documents)
+    assert num_correct > 0
+    assert result.token_accuracy == num_correct / num_tokens
+    assert result.loss_interval[0] < result.loss < result.loss_interval[1]
     num_bytes = sum(document.num_bytes for document in documents)
     assert result.num_tokens == num_tokens
     assert result.num_documents == len(documents)
@@ -127,7 +134,7 @@ def _train(with_evaluation: bool, store: SourceStore) -> list[float]:
     torch.manual_seed(5)
     for _ in range(4):
         if with_evaluation:
-            evaluate_loss(model, store, _spec(store), _Alone(), device=torch.device("cpu"))  # type: ignore[arg-type]
+            measure_documents(model, store, _spec(store), _Alone(), device=torch.device("cpu"))  # type: ignore[arg-type]
             assert model.training
             assert model.hf.model.layers[0].training
             assert not model.hf.model.norm.training
@@ -162,7 +169,7 @@ def test_max_documents_are_spread_over_the_store(tmp_path: Path) -> None:
     assert sum(len(numbers) for numbers in choose_documents(store, 99)) == 10
 
     result = _evaluate(store, _Alone(), max_documents=5)
-    nll, num_tokens = _reference(documents[::2])
+    nll, num_tokens, _ = _reference(documents[::2])
     assert result.num_documents == 5
     assert result.num_tokens == num_tokens
     assert result.loss == pytest.approx(nll / num_tokens, rel=1e-6)

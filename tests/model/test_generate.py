@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsft.model.generate import greedy
+from dsft.model.generate import generate
 from dsft.model.packed import PackedCausalLM
 from tests.support.models import copy_of, random_row, tiny_model
 
@@ -26,7 +26,7 @@ def test_equals_plain_transformers(name: str) -> None:
     model = PackedCausalLM(copy_of(plain)).train()
     model.hf.generation_config.repetition_penalty = 3.0  # a model's own settings must not reach a greedy answer
     model.hf.generation_config.do_sample = True
-    answers = greedy(model, PROMPTS, max_new_tokens=9, eos_ids=[], pad_id=0, synced=False)
+    answers = generate(model, PROMPTS, max_new_tokens=9, eos_ids=[], pad_id=0, synced=False)
     assert answers == [by_hand(plain, prompt, 9) for prompt in PROMPTS]
     assert model.training
     assert model.hf.generation_config.repetition_penalty == 3.0
@@ -38,6 +38,6 @@ def test_an_answer_ends_before_the_end_token() -> None:
     model = PackedCausalLM(copy_of(plain))
     full = by_hand(plain, PROMPTS[0], 9)
     end = full[4]
-    (answer,) = greedy(model, PROMPTS[:1], max_new_tokens=9, eos_ids=[end, 96], pad_id=0, synced=False)
+    (answer,) = generate(model, PROMPTS[:1], max_new_tokens=9, eos_ids=[end, 96], pad_id=0, synced=False)
     assert answer == full[: full.index(end)]
-    assert greedy(model, [], max_new_tokens=9, eos_ids=[], pad_id=0, synced=False) == []
+    assert generate(model, [], max_new_tokens=9, eos_ids=[], pad_id=0, synced=False) == []

@@ -65,7 +65,7 @@ def test_loss_and_gradients_equal_fp64(num_rows: int, chunk_rows: int, bias: boo
     head, hidden, rows, targets, row_weight = case(num_rows, bias, transform)
     head.logits_bytes = 4 * VOCAB * chunk_rows
     loss, nll, expected = gradients_of_reference(head, hidden, rows, targets, row_weight)
-    loss_sum, row_nll = head(hidden, rows, targets, row_weight)
+    loss_sum, row_nll, _ = head(hidden, rows, targets, row_weight)
     (loss_sum * 3.0).backward()
     assert loss_sum.dtype == row_nll.dtype == torch.float32
     assert not row_nll.requires_grad
@@ -78,7 +78,7 @@ def test_loss_and_gradients_equal_fp64(num_rows: int, chunk_rows: int, bias: boo
 
 def test_gradients_by_finite_differences() -> None:
     head, hidden, rows, targets, row_weight = case(5, True, LogitTransform(0.7, 2.5))
-    loss, _ = head(hidden, rows, targets, row_weight)
+    loss, *_ = head(hidden, rows, targets, row_weight)
     loss.backward()
     direction = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)).double()
     bias = head.bias.detach().double()
@@ -97,7 +97,7 @@ def test_gradients_by_finite_differences() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_no_supervised_row_gives_zero_and_zero_gradients(bias: bool) -> None:
     head, hidden, rows, targets, row_weight = case(0, bias, LogitTransform(1.0, 3.0))
-    loss, row_nll = head(hidden, rows, targets, row_weight)
+    loss, row_nll, _ = head(hidden, rows, targets, row_weight)
     loss.backward()
     assert loss.item() == 0.0
     assert row_nll.shape == (0,)
@@ -109,7 +109,7 @@ def test_no_supervised_row_gives_zero_and_zero_gradients(bias: bool) -> None:
 
 def test_positions_that_are_not_rows_never_matter() -> None:
     head, hidden, rows, targets, row_weight = case(9, False, LogitTransform())
-    loss, _ = head(hidden, rows, targets, row_weight)
+    loss, *_ = head(hidden, rows, targets, row_weight)
     loss.backward()
     garbage = hidden.detach().clone()
     others = torch.ones(ROWS, dtype=torch.bool)
@@ -117,7 +117,7 @@ def test_positions_that_are_not_rows_never_matter() -> None:
     garbage[0, others] = torch.nan
     clean, head.weight.grad = head.weight.grad, None
     garbage.requires_grad_()
-    again, _ = head(garbage, rows, targets, row_weight)
+    again, *_ = head(garbage, rows, targets, row_weight)
     again.backward()
     assert torch.equal(again, loss)
     assert torch.equal(head.weight.grad, clean)
@@ -129,7 +129,7 @@ def test_frozen_head_gets_no_gradient_and_hidden_does() -> None:
     head, hidden, rows, targets, row_weight = case(9, True, LogitTransform())
     _, _, expected = gradients_of_reference(head, hidden, rows, targets, row_weight)
     head.requires_grad_(False)
-    loss, _ = head(hidden, rows, targets, row_weight)
+    loss, *_ = head(hidden, rows, targets, row_weight)
     loss.backward()
     assert head.weight.grad is None
     assert relative(hidden.grad[0], expected[0]) < 2e-6
@@ -141,7 +141,7 @@ def test_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
     products = []
     monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: products.append(args))
     with torch.no_grad():
-        loss, row_nll = head(hidden, rows, targets, row_weight)
+        loss, row_nll, _ = head(hidden, rows, targets, row_weight)
     assert not products
     assert not loss.requires_grad
     assert torch.equal(loss, trained.detach())
@@ -164,7 +164,7 @@ def test_bf16_gradient_error_does_not_grow_with_the_number_of_chunks(chunk_rows:
     targets = torch.randint(0, VOCAB, (1024,), generator=generator)
     row_weight = torch.rand(1024, generator=generator)
     _, nll, expected = gradients_of_reference(head, hidden, rows, targets, row_weight)
-    loss, row_nll = head(hidden, rows, targets, row_weight)
+    loss, row_nll, _ = head(hidden, rows, targets, row_weight)
     loss.backward()
     assert head.weight.grad.dtype == torch.bfloat16
     assert relative(row_nll, nll) < 5e-3
@@ -177,7 +177,7 @@ def test_extreme_logits_stay_defined() -> None:
     with torch.no_grad():
         head.weight.mul_(1e4)
     loss, _, expected = gradients_of_reference(head, hidden, rows, targets, row_weight)
-    value, row_nll = head(hidden, rows, targets, row_weight)
+    value, row_nll, _ = head(hidden, rows, targets, row_weight)
     value.backward()
     assert torch.isfinite(row_nll).all()
     assert relative(value, loss) < 1e-5
@@ -190,7 +190,7 @@ def test_any_vocabulary_size(vocab: int) -> None:
     head, hidden, rows, targets, row_weight = case(9, False, LogitTransform(), vocab=vocab)
     head.logits_bytes = 4 * 4099 * 2
     loss, _, expected = gradients_of_reference(head, hidden, rows, targets, row_weight)
-    value, _ = head(hidden, rows, targets, row_weight)
+    value, *_ = head(hidden, rows, targets, row_weight)
     value.backward()
     assert value.item() == pytest.approx(loss.item(), rel=1e-6, abs=1e-6)
     assert (head.weight.grad - expected[1]).norm() <= 2e-6 * expected[1].norm() + 1e-6

@@ -11,7 +11,7 @@ import torch
 from dsft.config.models import ModelSection
 from dsft.dist import Groups
 from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
-from dsft.model.generate import greedy
+from dsft.model.generate import generate
 from dsft.model.initialise import gathered
 from dsft.model.load import load_model
 from dsft.model.packed import PackedCausalLM
@@ -103,10 +103,10 @@ def train_variant(
     engine, *_ = deepspeed.initialize(model=sliced, optimizer=optimizer, config=ZERO3)
     prove(engine.module, "cpu")
     for step in range(STEPS):
-        answers = greedy(
+        answers = generate(
             engine.module, PROMPTS[groups.rank :], max_new_tokens=4 + groups.rank, eos_ids=[], pad_id=0, synced=True
         )
-        expected = greedy(
+        expected = generate(
             whole, PROMPTS[groups.rank :], max_new_tokens=4 + groups.rank, eos_ids=[], pad_id=0, synced=False
         )
         assert answers == expected

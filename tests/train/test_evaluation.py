@@ -136,6 +136,33 @@ def test_early_stop_on_all_ranks_also_after_a_resume(folder: Path) -> None:
         assert found.name == f"step-{step:08d}", "an early stop saves"
 
 
+def _forgotten_and_memorised(groups: Groups, folder: Path) -> list[Any]:
+    """A run that forgets and learns by heart by design (high learning rate, few documents), and one that cannot."""
+    probe = {"documents": 8, "prefix_tokens": 4, "continue_tokens": 4, "max_share": 0.0}
+    outcomes = []
+    for name, lr in (("faulty", 1e-2), ("clean", 1e-6)):
+        config = _config(folder, {"every_steps": 4, "at_start": True, "at_stage_ends": False})
+        config["evaluate"]["sets"][0].update({"max_rise": 0.05, "memorisation": probe, "generate": 0})
+        config["train"]["lr"] = lr
+        outcome, step, _, _, evaluations = _train(groups, folder, f"forgets-{name}", config)
+        warnings = read_lines(folder / f"forgets-{name}-{groups.size}" / METRICS_NAME, "warning")
+        outcomes.append((outcome, step, evaluations, [warning["message"] for warning in warnings]))
+    return outcomes
+
+
+@pytest.mark.timeout(420)
+def test_a_run_that_forgets_ends_early_and_a_clean_one_does_not(folder: Path) -> None:
+    for rank in run_ranks(_forgotten_and_memorised, 2, folder, timeout_seconds=400):
+        (outcome, step, evaluations, warnings), (clean_outcome, clean_step, clean, clean_warnings) = rank
+        assert (outcome, clean_outcome, clean_step) == ("early_stop", "finished", NUM_STEPS)
+        assert step < NUM_STEPS
+        assert evaluations[-1]["loss"] - evaluations[0]["loss"] > 0.05
+        assert any("is being forgotten" in message for message in warnings)
+        assert abs(clean[-1]["loss"] - clean[0]["loss"]) < 0.05
+        assert not clean_warnings
+        assert {record["num_probed"] for record in clean} == {8}
+
+
 def _asked_to_stop(groups: Groups, folder: Path) -> tuple[Any, int]:
     """Rank 1 is asked to stop while the first evaluation runs."""
     real = dsft.train.evaluation.evaluate_all

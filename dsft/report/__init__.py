@@ -1,0 +1,1 @@
+"""What a run did and whether it worked, on one page."""
