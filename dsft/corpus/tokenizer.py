@@ -36,6 +36,7 @@ class Tokenizer:
         prefix_ids: what the tokenizer itself puts before a text (usually the BOS token, or nothing).
         suffix_ids: what goes after a document: what the tokenizer itself puts there, then EOS unless that was it.
         vocab_tokens: highest id + 1.
+        num_added: tokens of ``add_tokens`` that it did not have; they have the last ids.
         chat_template: Jinja source, or None.
         control: the special tokens.
     """
@@ -48,6 +49,7 @@ class Tokenizer:
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
     vocab_tokens: int
+    num_added: int
     chat_template: str | None
     control: ControlTokens
     backend: Backend
@@ -100,7 +102,7 @@ def load_tokenizer(
     hf = _load_hf(path, revision, trust_remote_code)
     template = _own_template(hf, path) if chat_template is None else read_chat_template(chat_template)
     hf.chat_template = template
-    _add_tokens(hf, add_tokens, template or "")
+    num_added = _add_tokens(hf, add_tokens, template or "")
     if hf.eos_token_id is None:
         raise ModelError(
             f"The tokenizer {path} has no end-of-text token, so documents could not be told apart; set "
@@ -133,6 +135,7 @@ def load_tokenizer(
         prefix_ids=prefix,
         suffix_ids=suffix,
         vocab_tokens=1 + max(hf.get_vocab().values()),
+        num_added=num_added,
         chat_template=template,
         control=control,
         backend=backend,
@@ -221,7 +224,8 @@ def _own_template(hf: Any, path: str) -> str | None:
     return None if template is None else str(template)
 
 
-def _add_tokens(hf: Any, tokens: Sequence[str], template: str) -> None:
+def _add_tokens(hf: Any, tokens: Sequence[str], template: str) -> int:
+    """Add what is missing; how many tokens are new (one that was a word and becomes special is not)."""
     from tokenizers import AddedToken
 
     known = hf.get_vocab()
@@ -233,6 +237,7 @@ def _add_tokens(hf: Any, tokens: Sequence[str], template: str) -> None:
     ]
     hf.add_tokens([token for token in added if not token.special])
     hf.add_tokens([token for token in added if token.special], special_tokens=True)
+    return len({token.content for token in added} - set(known))
 
 
 def _affixes(hf: Any, backend: Backend, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -38,7 +38,7 @@ def load_model(
 
     Args:
         vocab_tokens: ids the tokenizer can produce, added ones included (largest id + 1).
-        added_tokens: how many of them ``model.add_tokens`` added, at the end; their rows start at the others' mean.
+        added_tokens: how many of them are new, at the end; their rows start at the others' mean.
         seed: for random weights (``model.config``); equal seeds give equal weights at every world size.
         device_type: "cpu" or "cuda", where the model will run; decides the attention path.
         deepspeed_config: the resolved DeepSpeed configuration; with stage 3 the model is created partitioned, and
@@ -196,16 +196,21 @@ def _from_weights(section: ModelSection, dtype: torch.dtype) -> Any:
 
 
 def _fit_vocabulary(hf: Any, section: ModelSection, vocab_tokens: int, added_tokens: int) -> None:
-    """Give every token id a row; rows of added tokens start at the mean of the rows before them."""
+    """Give every token id a row; rows of new tokens start at the mean of the rows before them.
+
+    New is what the tokenizer did not have, and what has no row yet. A token that both have (an earlier run added it)
+    keeps the row that was trained.
+    """
     rows = int(hf.config.get_text_config().vocab_size)
     origin = section.path or "model.config"
-    if vocab_tokens - added_tokens > rows:
+    new = max(added_tokens, vocab_tokens - rows)
+    if new > max(added_tokens, len(section.add_tokens)):
         raise ModelError(
             f"{origin}: the tokenizer produces {vocab_tokens - added_tokens} ids but the model has {rows} rows: they "
             "do not belong together. Set model.tokenizer to the model's own tokenizer."
         )
-    if added_tokens > 0:
-        resize_vocabulary(hf, max(rows, vocab_tokens), first_new=vocab_tokens - added_tokens, end_new=vocab_tokens)
+    if new > 0:
+        resize_vocabulary(hf, max(rows, vocab_tokens), first_new=vocab_tokens - new, end_new=vocab_tokens)
 
 
 def _mark_leaf_modules(hf: Any) -> None:

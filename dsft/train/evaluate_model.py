@@ -42,7 +42,7 @@ from dsft.ops.backend import choose as choose_kernels
 from dsft.store.reader import SourceStore
 from dsft.train import setup
 from dsft.train.agreement import check_same_configuration, check_same_stores
-from dsft.world import check_world_size, discover_world
+from dsft.world import discover_world
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,6 @@ def evaluate_model(config: RunConfig, model: str, out: Path, *, local_rank_argum
         raise ConfigError(f"{config.file} has no held-out set to measure; add evaluate.sets.")
     config = _of_model(config, model)
     world = discover_world(os.environ, local_rank_argument)
-    check_world_size(world, config.run.world_size)
     set_up_logging(is_main=world.rank == 0, who=f"{socket.gethostname()}, rank {world.rank}")
     device_type = setup.choose_device_type(os.environ)
     deepspeed_config = _without_optimizer(build_deepspeed_config(config, world.size, device_type))
@@ -184,7 +183,7 @@ def _build_model(
     model = load_model(
         section,
         vocab_tokens=tokenizer.vocab_tokens,
-        added_tokens=0 if folder != config.model.path else len(config.model.add_tokens),
+        added_tokens=tokenizer.num_added,
         seed=config.run.seed,
         device_type=device_type,
         deepspeed_config=deepspeed_config,

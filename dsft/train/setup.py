@@ -276,7 +276,7 @@ def build_engine(
     model: PackedCausalLM = load_model(
         section,
         vocab_tokens=data.tokenizer.vocab_tokens,
-        added_tokens=len(config.model.add_tokens),
+        added_tokens=data.tokenizer.num_added,
         seed=config.run.seed,
         device_type=device_type,
         deepspeed_config=deepspeed_config,

@@ -75,7 +75,10 @@ def test_added_tokens_are_words_unless_the_template_writes_them(
     tokenizer = load_tokenizer(
         tokenizer_folders["sentencepiece"], add_tokens=["aspirin", "<turn>", "</turn>"], chat_template=str(template)
     )
-    assert tokenizer.vocab_tokens == 703
+    assert (tokenizer.vocab_tokens, tokenizer.num_added) == (703, 3)
+    tokenizer.hf.save_pretrained(tmp_path / "saved")
+    again = load_tokenizer(str(tmp_path / "saved"), add_tokens=["aspirin", "<turn>", "new"])
+    assert (again.vocab_tokens, again.num_added) == (704, 1)
     vocabulary = tokenizer.hf.get_vocab()
     (ids,) = tokenizer.encode_batch(["take aspirin </turn>"])
     assert vocabulary["aspirin"] in ids

@@ -81,6 +81,18 @@ def test_added_tokens_that_fit_in_padded_rows_leave_the_shape(tmp_path: Path) ->
     torch.testing.assert_close(weight[VOCAB - 7 : VOCAB - 5], weight[: VOCAB - 7].mean(0).expand(2, -1))
 
 
+def test_tokens_that_an_earlier_run_added_keep_their_rows(folder: Path) -> None:
+    trained = load(path=str(folder)).head().weight.detach()
+    again = load(path=str(folder), added_tokens=0, add_tokens=["<a>", "<b>"]).head().weight.detach()
+    assert torch.equal(again, trained)
+    # A tokenizer that has them and a model that has not: they get rows.
+    wider = load(path=str(folder), vocab_tokens=VOCAB + 2, added_tokens=0, add_tokens=["<a>", "<b>"]).head().weight
+    assert torch.equal(wider[:VOCAB], trained)
+    assert torch.allclose(wider[VOCAB:], trained.mean(0).expand(2, -1), atol=1e-6)
+    with pytest.raises(ModelError, match="do not belong together"):
+        load(path=str(folder), vocab_tokens=VOCAB + 2, added_tokens=0, add_tokens=["<a>"])
+
+
 def test_random_weights_depend_on_the_seed_alone() -> None:
     one, same, other = load(config=inline("gpt2")), load(config=inline("gpt2")), load(config=inline("gpt2"), seed=4)
     torch.manual_seed(99)

@@ -123,6 +123,7 @@ def built_run(
     parsed = RunConfig.model_validate({**config, "run": {"name": "t", "dir": str(run_dir), "seed": 17}})
     tokenizer: Any = SimpleNamespace(
         vocab_tokens=1,
+        num_added=0,
         pad_id=0,
         eos_id=2,
         chat_template=None,
