@@ -14,13 +14,17 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dsft.errors import DataError
 
+if TYPE_CHECKING:
+    from dsft.dist import Groups
+
+ANSWERS_PER_ROUND = 4
 START_SECONDS = 60.0
 """For the interpreter to start and the checker's own imports."""
 
@@ -158,14 +162,25 @@ def check_path(path: Path) -> None:
         raise DataError(f"the checker {path} is not there (looked from {Path.cwd()}); give the path of a .py file.")
 
 
-def verdicts(path: Path, limit_seconds: float, triples: Sequence[tuple[str, str, str]]) -> list[Verdict]:
-    """The checker's verdict on each (prompt, answer, reference).
+def verdicts(
+    path: Path, limit_seconds: float, triples: Sequence[tuple[str, str, str]], groups: Groups
+) -> list[Verdict]:
+    """The checker's verdict on each (prompt, answer, reference), on every rank; the answers are dealt over the ranks.
+
+    Ranks meet after every few answers, so that none waits for long however slow the checker is. Collective.
 
     Raises:
         DataError: the checker cannot be used, or raises on every answer (a mistake of the checker, not of the model).
     """
+    rank, num_ranks = groups.world.rank, groups.world.size
+    found: list[Verdict] = []
     with Checker(path, limit_seconds) as checker:
-        found = [checker.check(*triple) for triple in triples]
+        for first in range(0, len(triples), num_ranks * ANSWERS_PER_ROUND):
+            of_round = triples[first : first + num_ranks * ANSWERS_PER_ROUND]
+            with groups.together():
+                mine = [asdict(checker.check(*triple)) for triple in of_round[rank::num_ranks]]
+            parts = groups.all_gather_object(mine)
+            found += [Verdict(**parts[i % num_ranks][i // num_ranks]) for i in range(len(of_round))]
     raised = [verdict for verdict in found if verdict.outcome == "raised"]
     if found and len(raised) == len(found):
         raise DataError(f"the checker {path} raised on every one of {len(found)} answers; first: {raised[0].message}")

@@ -141,9 +141,8 @@ def evaluate_set(
     if section.generate == 0:
         return SetResult(documents, loss, None, {}, [], None, memorisation, time.perf_counter() - started)
     answers = answer(model, held_out.store, tokenizer, groups, section, seed=seed, kept=kept)
-    with groups.together():  # the user's checker runs once, on rank 0
+    with groups.together():
         each = score_each(answers, section)
-        outcomes = check_each(answers, section) if groups.world.rank == 0 else []
-    outcomes = groups.broadcast_object(outcomes)
+    outcomes = check_each(answers, section, groups)
     generation = summarise_scores(answers, each, outcomes, section, seed=seed)
     return SetResult(documents, loss, answers, each, outcomes, generation, memorisation, time.perf_counter() - started)

@@ -137,7 +137,7 @@ def test_frozen_head_gets_no_gradient_and_hidden_does() -> None:
 
 def test_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     head, hidden, rows, targets, row_weight = case(9, True, LogitTransform(1.0, 3.0))
-    trained, nll = head(hidden, rows, targets, row_weight)
+    trained, nll, _ = head(hidden, rows, targets, row_weight)
     products = []
     monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: products.append(args))
     with torch.no_grad():

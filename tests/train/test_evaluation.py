@@ -140,7 +140,7 @@ def _forgotten_and_memorised(groups: Groups, folder: Path) -> list[Any]:
     """A run that forgets and learns by heart by design (high learning rate, few documents), and one that cannot."""
     probe = {"documents": 8, "prefix_tokens": 4, "continue_tokens": 4, "max_share": 0.0}
     outcomes = []
-    for name, lr in (("faulty", 1e-2), ("clean", 1e-6)):
+    for name, lr in (("faulty", 1e-1), ("clean", 1e-6)):
         config = _config(folder, {"every_steps": 4, "at_start": True, "at_stage_ends": False})
         config["evaluate"]["sets"][0].update({"max_rise": 0.05, "memorisation": probe, "generate": 0})
         config["train"]["lr"] = lr
