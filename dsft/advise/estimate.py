@@ -257,7 +257,7 @@ def _vocab_tokens(config: RunConfig) -> int:
         return 0
     from dsft.train.setup import open_tokenizer
 
-    return open_tokenizer(config, None).vocab_tokens
+    return open_tokenizer(config).vocab_tokens
 
 
 def _steps(config: RunConfig, assumptions: Assumptions) -> int:

@@ -147,7 +147,7 @@ def _held_out_sets(config: RunConfig, groups: dist.Groups) -> tuple[list[HeldOut
     with groups.together():
         folder = setup.model_folder(config)
         assert folder is not None
-        tokenizer = setup.open_tokenizer(config, folder)
+        tokenizer = setup.open_tokenizer(config)
         folders = prepare_sources(
             list(config.evaluate.sets),
             tokenizer,
