@@ -59,9 +59,11 @@ def test_activations_are_those_that_autograd_keeps(name: str, checkpointing: boo
     shape: ModelShape = model_shape(tiny_config(name, **wide), torch.float32)
     hf = tiny_model(name, **wide)
     if checkpointing:
-        hf.gradient_checkpointing_enable({"use_reentrant": False})
+        hf.activation_checkpointing_enable({"use_reentrant": False})
     counted = shape.checkpointed_bytes_per_token if checkpointing else shape.activation_bytes_per_token
-    assert counted * length == pytest.approx(kept_by_a_real_forward(hf, length), rel=0.05)
+    # Exact for three of them; where one projection makes query, key and value, torch's CPU kernel copies its output.
+    bound = 0.09 if name in ("gpt_neox", "phi3") and not checkpointing else 1e-6
+    assert counted * length == pytest.approx(kept_by_a_real_forward(hf, length), rel=bound)
 
 
 def test_a_seventy_billion_model_has_a_shape_without_storage() -> None:
@@ -76,6 +78,6 @@ def test_a_seventy_billion_model_has_a_shape_without_storage() -> None:
     )
     shape = model_shape(config, torch.bfloat16)
     assert shape.num_parameters == 70_553_706_496  # Llama 3.1 70B
-    # bf16: a layer's input, and inside: 2 norms, q, k, v, attention output, gate, up, their product.
+    # bf16: a layer's input; and inside at least its two norms, q, k, v and output, gate, up and their product.
     assert shape.checkpointed_bytes_per_token == pytest.approx(80 * 8192 * 2, rel=0.1)
     assert shape.layer_bytes_per_token > 3 * 28672 * 2 + 4 * 8192 * 2
