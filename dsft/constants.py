@@ -3,7 +3,7 @@
 IGNORE_INDEX = -100
 """Label of a position that teaches nothing (torch's and transformers' convention)."""
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 """Version of the data order. Raised by every change that would make the same seed draw other documents."""
 
 STORE_VERSION = 1

@@ -1,5 +1,5 @@
 // The order of a source's documents. Specification: Permutation in dsft/sampling/permutation.py, and
-// read_documents_reference in dsft/sampling/order.py.
+// _Group.read_reference in dsft/sampling/order.py.
 #include <algorithm>
 
 #include "../core/permutation.h"

@@ -13,15 +13,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dsft.batch.hashing import hash_row
+from dsft.batch.hashing import HASH_KEY, hash_row
 from dsft.batch.types import PackedBatch
+from dsft.errors import DataError
+from dsft.ops import backend
+from dsft.ops.buffers import BufferPool
+from dsft.ops.gather_rows import GatheredRow, document_view, gather_rows
 from dsft.ops.loss_mask import expand_loss_mask
 from dsft.ops.pack import pack_sequences
 from dsft.ops.reference import LossReduction
 from dsft.sampling.fim import FimOrder
 from dsft.sampling.types import Pieces
 from dsft.store.reader import SourceStore
-from dsft.store.types import ShardIndex
 
 FILLER_TOKENS = 8
 """Length of the document a rank runs when it has no pack left: short, and long enough for any attention kernel."""
@@ -83,10 +86,100 @@ def collate(packs: Sequence[Pieces], spec: BatchSpec) -> PackedBatch:
     Raises:
         DataError: a store that cannot be read.
     """
-    assert packs, "a rank without packs runs a filler"
-    pieces = join_packs(packs)
+    return collate_rows([packs], spec)[0]
+
+
+def collate_rows(
+    rows: Sequence[Sequence[Pieces]], spec: BatchSpec, buffers: BufferPool | None = None
+) -> list[PackedBatch]:
+    """Several micro-batches, each as :func:`collate` makes it; natively their tensors share one of ``buffers``.
+
+    Raises:
+        DataError: a store that cannot be read.
+    """
+    assert all(rows), "a rank without packs runs a filler"
+    if not rows:
+        return []
+    pieces = [join_packs(packs) for packs in rows]
+    row_tokens = [len(packs) * spec.pack_tokens for packs in rows]
+    if backend.current() == "native":
+        gathered = _gather(pieces, row_tokens, spec, buffers)
+    else:
+        gathered = [_gather_reference(*row, spec) for row in zip(pieces, row_tokens, strict=True)]
+    return [
+        PackedBatch(
+            input_ids=row.input_ids,
+            position_ids=row.position_ids,
+            cu_seqlens=row.cu_seqlens,
+            max_seqlen=row.max_seqlen,
+            rows=row.rows,
+            targets=row.targets,
+            row_weight=row.row_weight,
+            row_source=row.row_source,
+            pieces=of_row,
+            num_tokens=row.num_tokens,
+            num_padding_tokens=tokens - row.num_tokens,
+            is_filler=False,
+            weight_sum=row.weight_sum,
+            data_hash=row.data_hash,
+        )
+        for of_row, tokens, row in zip(pieces, row_tokens, gathered, strict=True)
+    ]
+
+
+def _gather(
+    pieces_of_rows: list[Pieces], row_tokens: list[int], spec: BatchSpec, buffers: BufferPool | None
+) -> list[GatheredRow]:
+    """As :func:`_gather_reference` for each row, in one native call that reads the mapped shards where they are."""
+    pieces = join_packs(pieces_of_rows)
+    views, places, alive = _views(pieces, spec)
+    try:
+        rows = gather_rows(
+            views,
+            places,
+            (pieces.source, pieces.shard, pieces.document, pieces.start, pieces.length),
+            [len(row.length) for row in pieces_of_rows],
+            row_tokens,
+            loss_weights=np.array(spec.loss_weights, dtype=np.float64),
+            reduction=spec.loss_reduction,
+            most_document_tokens=spec.pack_tokens if spec.truncate_overlong else 2**62,
+            pack_tokens=spec.pack_tokens,
+            pad_id=spec.pad_id,
+            hash_key=HASH_KEY,
+            buffers=buffers,
+        )
+    except DataError:
+        for source, shard, document in zip(pieces.source, pieces.shard, pieces.document, strict=True):
+            spec.stores[source].views.verify_document(int(shard), int(document))  # names the file and the block
+        raise
+    del alive  # the addresses were used until here
+    return rows
+
+
+def _views(pieces: Pieces, spec: BatchSpec) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], list[object]]:
+    """Address of the view each piece is read from, its document's number there, and what owns the memory."""
+    if len(spec.stores) == 1 and not any(spec.fim):
+        views, mapped = spec.stores[0].views.addresses(pieces.shard)
+        return views, pieces.document, [mapped]
+    views, places = np.empty(len(pieces.length), dtype=np.uint64), pieces.document.copy()
+    alive: list[object] = []
+    for source in np.unique(pieces.source).tolist():
+        rows = np.flatnonzero(pieces.source == source)
+        fim = spec.fim[source] if spec.fim else None
+        if fim is None:
+            views[rows], mapped = spec.stores[source].views.addresses(pieces.shard[rows])
+            alive.append(mapped)
+            continue
+        for row in rows.tolist():
+            view = document_view(*_rearranged(fim, spec.stores[source], pieces, row))
+            views[row], places[row] = view.address, 0
+            alive.append(view)
+    return views, places, alive
+
+
+def _gather_reference(pieces: Pieces, row_tokens: int, spec: BatchSpec) -> GatheredRow:
+    """The row of ``pieces``; no padding position reaches ``pack_tokens``, a model's last position."""
     contents = _read(pieces, spec)
-    row_tokens = len(packs) * spec.pack_tokens
     span_offsets = torch.from_numpy(contents.span_offsets)
     spans, row_weight = expand_loss_mask(
         torch.from_numpy(contents.spans),
@@ -109,34 +202,33 @@ def collate(packs: Sequence[Pieces], spec: BatchSpec) -> PackedBatch:
         len(row_weight),
     )
     num_tokens = int(borders[-2])
-    if row_tokens - num_tokens > spec.pack_tokens:  # nearly empty packs: no padding beyond a model's last position
-        position_ids[num_tokens:] %= spec.pack_tokens
-    cu_seqlens = borders if num_tokens < row_tokens else borders[:-1].clone()
-    return PackedBatch(
-        input_ids=input_ids[None],
-        position_ids=position_ids[None],
-        cu_seqlens=cu_seqlens,
-        max_seqlen=int(cu_seqlens.diff().max()),
-        rows=rows,
-        targets=targets,
+    position_ids[num_tokens:] %= spec.pack_tokens
+    # Span by span: the sum is then the same in any implementation.
+    counts = spans.diff(dim=1).flatten().long()
+    counts = counts[counts > 0]
+    of_spans = row_weight[counts.cumsum(0) - counts].double() * counts
+    return GatheredRow(
+        input_ids=input_ids.int()[None],
+        position_ids=position_ids.int()[None],
+        cu_seqlens=borders if num_tokens < row_tokens else borders[:-1],
+        rows=rows.int(),
+        targets=targets.int(),
         row_weight=row_weight,
-        row_source=torch.from_numpy(pieces.source.astype(np.int64))[row_piece],
-        pieces=pieces,
+        row_source=torch.from_numpy(pieces.source)[row_piece],
         num_tokens=num_tokens,
-        num_padding_tokens=row_tokens - num_tokens,
-        is_filler=False,
-        weight_sum=float(row_weight.double().sum()),
-        data_hash=hash_row(pieces, input_ids.numpy()),
+        max_seqlen=int(borders.diff().max()),
+        data_hash=hash_row(pieces, input_ids.int().numpy()),
+        weight_sum=float(np.cumsum([0.0, *of_spans.tolist()])[-1]),
     )
 
 
 def filler(spec: BatchSpec) -> PackedBatch:
     """The micro-batch of a rank that has no pack left: one short document that supervises nothing."""
-    none = torch.empty(0, dtype=torch.int64)
+    none = torch.empty(0, dtype=torch.int32)
     empty32, empty64 = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
     return PackedBatch(
-        input_ids=torch.full((1, FILLER_TOKENS), spec.pad_id, dtype=torch.int64),
-        position_ids=torch.arange(FILLER_TOKENS)[None],
+        input_ids=torch.full((1, FILLER_TOKENS), spec.pad_id, dtype=torch.int32),
+        position_ids=torch.arange(FILLER_TOKENS, dtype=torch.int32)[None],
         cu_seqlens=torch.tensor([0, FILLER_TOKENS], dtype=torch.int32),
         max_seqlen=FILLER_TOKENS,
         rows=none,
@@ -154,6 +246,8 @@ def filler(spec: BatchSpec) -> PackedBatch:
 
 def join_packs(packs: Sequence[Pieces]) -> Pieces:
     """The pieces of all packs, in order."""
+    if len(packs) == 1:
+        return packs[0]
     return Pieces(
         source=np.concatenate([pack.source for pack in packs]),
         shard=np.concatenate([pack.shard for pack in packs]),
@@ -177,9 +271,8 @@ def _read(pieces: Pieces, spec: BatchSpec) -> _Contents:
         documents = pieces.document[rows]
         fim = spec.fim[source] if spec.fim else None
         if fim is not None:
-            stored = np.asarray(spec.stores[source].tokens(shard))
             for row in rows.tolist():
-                ids, learned = _rearranged(fim, index, stored, int(pieces.epoch[row]), shard, int(pieces.document[row]))
+                ids, learned = _rearranged(fim, spec.stores[source], pieces, row)
                 shard_tokens[row], document_tokens[row], first_token[row] = ids, len(ids), pieces.start[row]
                 span_pieces.append(np.full(len(learned), row))
                 spans.append(learned)
@@ -189,6 +282,7 @@ def _read(pieces: Pieces, spec: BatchSpec) -> _Contents:
         first_token[rows] = index.token_offsets[documents] + pieces.start[rows]
         stored = np.asarray(spec.stores[source].tokens(shard))
         for row in rows.tolist():
+            spec.stores[source].views.verify_document(shard, int(pieces.document[row]))
             shard_tokens[row] = stored
         first_span = np.asarray(index.span_offsets)[documents]
         num_spans = np.asarray(index.span_offsets)[documents + 1] - first_span
@@ -221,11 +315,14 @@ def _read(pieces: Pieces, spec: BatchSpec) -> _Contents:
 
 
 def _rearranged(
-    order: FimOrder, index: ShardIndex, stored: npt.NDArray[np.generic], epoch: int, shard: int, document: int
+    order: FimOrder, store: SourceStore, pieces: Pieces, row: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """A document as its epoch trains on it: tokens and supervised targets."""
-    begin, end = int(index.token_offsets[document]), int(index.token_offsets[document + 1])
-    ids, learned = order.rearrange(epoch, shard, document, stored[begin:end].astype(np.int32))
+    """The document of a piece as its epoch trains on it: tokens and supervised targets."""
+    shard, document = int(pieces.shard[row]), int(pieces.document[row])
+    store.views.verify_document(shard, document)
+    begin, end = store.index(shard).token_offsets[document : document + 2].tolist()
+    stored = np.asarray(store.tokens(shard)[begin:end]).astype(np.int32)
+    ids, learned = order.rearrange(int(pieces.epoch[row]), shard, document, stored)
     return ids, learned.astype(np.int32)
 
 

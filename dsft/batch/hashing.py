@@ -10,17 +10,18 @@ import numpy.typing as npt
 from dsft.sampling.permutation import mix64, stream_key
 from dsft.sampling.types import Pieces
 
-_KEY = np.uint64(stream_key(0, "data hash"))
+HASH_KEY = stream_key(0, "data hash")
+_KEY = np.uint64(HASH_KEY)
 HASH_MASK = 2**63 - 1
 
 
-def hash_row(pieces: Pieces, row: npt.NDArray[np.int64]) -> int:
+def hash_row(pieces: Pieces, row: npt.NDArray[np.int32]) -> int:
     """63-bit hash of the pieces that lie side by side at the front of ``row``.
 
     The sum (mod 2^63) over pieces, so that the order of pieces and the rank that holds them do not matter.
 
     Args:
-        row: int64[L], the token ids given to the model.
+        row: int32[L], the token ids given to the model.
     """
     ids = row.astype("<i4").data
     ends = np.cumsum(pieces.length, dtype=np.int64).tolist()

@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from dsft.batch.collate import BatchSpec, collate, filler
+from dsft.batch.collate import BatchSpec, collate_rows, filler
 from dsft.batch.types import StepBatch
+from dsft.ops.buffers import BufferPool
 from dsft.sampling.balance import deal
 from dsft.sampling.plan import Planner
 from dsft.sampling.types import Cursor, Pieces, StepPlan
@@ -51,6 +52,7 @@ class Loader:
         self._micro_batch_packs = micro_batch_packs
         self._cost = cost
         self._prefetch_steps = prefetch_steps
+        self._buffers = BufferPool()
         self._executor: ThreadPoolExecutor | None = None
         self.wait_seconds = 0.0
 
@@ -97,10 +99,6 @@ class Loader:
     def _batch(self, plan: StepPlan) -> StepBatch:
         dealt = deal(plan.packs, self._cost, self._num_ranks, self._micro_batch_packs)
         hands = [micro_batch[self._rank] for micro_batch in dealt]
-        return StepBatch(
-            plan=plan,
-            micro_batches=tuple(
-                collate([plan.packs[number] for number in hand], self._spec) if hand else filler(self._spec)
-                for hand in hands
-            ),
-        )
+        packs = [[plan.packs[number] for number in hand] for hand in hands if hand]
+        rows = iter(collate_rows(packs, self._spec, self._buffers))
+        return StepBatch(plan, tuple(next(rows) if hand else filler(self._spec) for hand in hands))

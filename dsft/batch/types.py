@@ -11,17 +11,19 @@ from dsft.sampling.types import Pieces, StepPlan
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One micro-batch of one rank: documents side by side in a single row. CPU tensors until ``to``.
+    """One micro-batch of one rank: documents side by side in a single row. CPU tensors.
+
+    Integers are int32, half the bytes to write, to keep and to send to a device; the model gets int64.
 
     Attributes:
-        input_ids: int64[1, L].
-        position_ids: int64[1, L], restarting at 0 in each document (at the piece's start, not the document's).
+        input_ids: int32[1, L].
+        position_ids: int32[1, L], restarting at 0 in each document (at the piece's start, not the document's).
         cu_seqlens: int32[S + 1], borders of the documents; the padding tail, if any, is the last document; ends at L.
         max_seqlen: longest document in tokens (a Python int, so that no device is asked).
-        rows: int64[n], ascending positions in [0, L) that are supervised.
-        targets: int64[n], the token each row predicts.
+        rows: int32[n], ascending positions in [0, L) that are supervised.
+        targets: int32[n], the token each row predicts.
         row_weight: float32[n], factor of each row in the loss sum.
-        row_source: int64[n], source of each row (position in the configuration).
+        row_source: int32[n], source of each row (position in the configuration).
         pieces: what the row is made of, in order (empty for a filler).
         num_tokens: document tokens; num_padding_tokens: L minus these; both 0 and L for a filler.
         weight_sum: sum of row_weight in fp64.
@@ -54,14 +56,18 @@ class StepBatch:
 
 
 def model_inputs(batch: PackedBatch, device: torch.device) -> dict[str, torch.Tensor | int]:
-    """The keyword arguments of ``PackedCausalLM.forward`` for ``batch``, on ``device``."""
-    tensors = {
+    """The keyword arguments of ``PackedCausalLM.forward`` for ``batch``, on ``device``: token numbers as int64."""
+    numbers = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
-        "cu_seqlens": batch.cu_seqlens,
         "rows": batch.rows,
         "targets": batch.targets,
-        "row_weight": batch.row_weight,
     }
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-    return {**moved, "max_seqlen": batch.max_seqlen, "num_tokens": batch.num_tokens}
+    moved = {name: tensor.to(device, non_blocking=True).long() for name, tensor in numbers.items()}
+    return {
+        **moved,
+        "cu_seqlens": batch.cu_seqlens.to(device, non_blocking=True),
+        "max_seqlen": batch.max_seqlen,
+        "row_weight": batch.row_weight.to(device, non_blocking=True),
+        "num_tokens": batch.num_tokens,
+    }

@@ -20,7 +20,7 @@ def pack_cost(pieces: Pieces, a: float, b: float) -> float:
         a, b: time (or operations) per token, and per squared token of a document.
     """
     lengths = pieces.length.astype(np.float64)
-    return float(a * lengths.sum() + b * np.dot(lengths, lengths))
+    return float(a * np.add.reduce(lengths) + b * np.dot(lengths, lengths))
 
 
 def deal(

@@ -57,10 +57,15 @@ class _Reader:
             self._taken = 0
 
     @property
-    def planned(self) -> npt.NDArray[np.int32]:
-        """Planned tokens of the documents read ahead."""
+    def next_epoch(self) -> int:
+        """Epoch of the next document."""
         assert self._chunk is not None
-        return self._chunk.planned[self._taken :]
+        return self._chunk.epoch
+
+    def planned(self, last_epoch: int) -> npt.NDArray[np.int32]:
+        """Planned tokens of the documents read ahead, none of a later epoch than ``last_epoch``."""
+        assert self._chunk is not None
+        return self._chunk.planned[self._taken if self._chunk.epoch <= last_epoch else self._chunk.num_documents :]
 
     def take(self, count: int, source: int) -> DrawnDocuments:
         """Draw the next ``count`` documents of those read ahead."""
@@ -105,9 +110,15 @@ class Mixture:
         return tuple(replace(reader.position) for reader in self._readers)
 
     def draw(
-        self, weights: Sequence[float], stage_tokens_drawn: Sequence[int], max_documents: int, max_tokens: int
+        self,
+        weights: Sequence[float],
+        stage_tokens_drawn: Sequence[int],
+        max_documents: int,
+        max_tokens: int,
+        epoch_tokens: int,
     ) -> DrawnDocuments:
-        """Draw until ``max_documents`` documents or at least ``max_tokens`` planned tokens, whichever is first.
+        """Draw until the first of: ``max_documents`` documents; at least ``max_tokens`` planned tokens; a source that
+        is at its epoch's end is furthest behind, and at least ``epoch_tokens`` planned tokens are drawn.
 
         Args:
             weights: one per source, at least one > 0.
@@ -118,30 +129,53 @@ class Mixture:
         """
         drawn = list(stage_tokens_drawn)
         active = [source for source, weight in enumerate(weights) if weight > 0]
+        last_epoch = {source: self._readers[source].position.epoch for source in active}
         blocks: list[DrawnDocuments] = []
-        while max_documents > 0 and max_tokens > 0:
-            block = self._draw_block(active, weights, drawn, max_documents, max_tokens)
+        num_tokens = 0
+        while max_documents > 0 and num_tokens < max_tokens:
+            block = self._draw_block(weights, drawn, last_epoch, max_documents, max_tokens - num_tokens)
+            if block is None:  # the next document would be the first of an epoch
+                if num_tokens >= epoch_tokens:
+                    break
+                ended = [source for source in active if self._readers[source].next_epoch > last_epoch[source]]
+                last_epoch[min(ended, key=lambda source: drawn[source] / weights[source])] += 1
+                continue
             for source in active:
                 drawn[source] += int(block.planned[block.source == source].sum(dtype=np.int64))
             max_documents -= len(block.source)
-            max_tokens -= block.num_tokens
+            num_tokens += block.num_tokens
             blocks.append(block)
         return _concatenate(blocks)
 
     def _draw_block(
-        self, active: list[int], weights: Sequence[float], drawn: list[int], max_documents: int, max_tokens: int
-    ) -> DrawnDocuments:
-        """Draw as many documents as the chunks read ahead decide: those before the first chunk's end."""
+        self,
+        weights: Sequence[float],
+        drawn: list[int],
+        last_epoch: dict[int, int],
+        max_documents: int,
+        max_tokens: int,
+    ) -> DrawnDocuments | None:
+        """Draw as many documents as the chunks read ahead decide: those before the first chunk's end.
+
+        Args:
+            last_epoch: per source that is drawn from, the epoch that it must not leave.
+
+        Returns:
+            None: the next document is of a later epoch.
+        """
+        active = list(last_epoch)
         readers = [self._readers[source] for source in active]
         for reader in readers:
             reader.fill()
         owner, row = merge_by_tag(
-            [reader.planned for reader in readers],
+            [self._readers[source].planned(epoch) for source, epoch in last_epoch.items()],
             [drawn[source] for source in active],
             [weights[source] for source in active],
             max_documents,
             max_tokens,
         )
+        if not len(owner):
+            return None
         counts = np.bincount(owner, minlength=len(active))
         taken = zip(readers, counts.tolist(), active, strict=True)
         blocks = [reader.take(count, source) for reader, count, source in taken]
@@ -162,7 +196,7 @@ def merge_by_tag(
     a document not yet read could have.
 
     Args:
-        planned: per source, tokens of the documents read ahead, each >= 1 and at least one.
+        planned: per source, tokens of the documents read ahead, each >= 1; none: the source's next one is not known.
         drawn: per source, tokens drawn before them.
         weights: per source, > 0.
         max_documents, max_tokens: draw no more documents; end with the one that reaches so many tokens. Each >= 1.

@@ -1,8 +1,8 @@
 """The plan: from lengths to the packs of every optimizer step, the same on every rank and from any cursor.
 
 Documents are drawn into a window, the window is packed, its packs are shuffled, and steps take them in order. A step
-may straddle windows; a window never straddles stages. No pack outlives its window, so a cursor is the window's start
-and a count of packs.
+may straddle windows; a window never straddles stages, and ends where a source's epoch ends, so that no pass over a
+source mixes with the next one. No pack outlives its window, so a cursor is the window's start and a count of packs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from dsft.sampling.order import SourceOrder
 from dsft.sampling.packing import Overlong, best_fit_decreasing, reorder_packs, split_documents
 from dsft.sampling.permutation import Permutation, derive_key, stream_key
 from dsft.sampling.types import Cursor, Pieces, PlannedSource, SourcePosition, Stage, StepPlan
+
+EPOCH_WINDOW_PACKS = 32
+"""A window ends with an epoch only from so many packs of tokens on. A pass over a small source would else fill its last
+pack badly again and again: half a pack is lost in each window on average, 1.6 % of 32, and nothing of 1,953 (16 M)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +208,7 @@ class Planner:
             cursor.stage_tokens_drawn,
             self._window_documents,
             min(limit for limit in limits if limit is not None) - cursor.tokens_drawn,
+            EPOCH_WINDOW_PACKS * self._pack_tokens,
         )
         row, start, length = split_documents(documents.planned, self._pack_tokens)
         packing = best_fit_decreasing(length, self._pack_tokens)

@@ -14,12 +14,10 @@ import numpy.typing as npt
 
 from dsft.constants import STORE_VERSION
 from dsft.errors import DataError
-from dsft.store.layout import BLOCK_BYTES, METADATA_KEY, index_path, tokens_path
+from dsft.store.layout import METADATA_KEY, index_path, tokens_path
 from dsft.store.manifest import Manifest, read_manifest
 from dsft.store.types import ShardIndex
-
-_OPEN_SHARDS = 512
-"""Shards kept mapped at a time. A map costs no memory but its document offsets (8 bytes a document)."""
+from dsft.store.views import MAX_MAPPED_SHARDS, MappedShard, ShardViews
 
 _NUMPY_TYPES = {"I32": np.int32, "I64": np.int64, "U32": np.uint32, "F32": np.float32}
 
@@ -46,6 +44,7 @@ class SourceStore:
         folder: where it is.
         manifest: its root manifest.
         fingerprint: hash of its content (``Manifest.fingerprint``).
+        views: its mapped shards, for native code.
 
     Raises:
         DataError: no manifest, another version, or (from ``index`` and ``tokens``) a file that is missing or is not the
@@ -56,8 +55,9 @@ class SourceStore:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self.fingerprint: str = self.manifest.fingerprint
-        self._index = lru_cache(maxsize=_OPEN_SHARDS)(partial(_checked_index, folder, self.manifest))
-        self._tokens = lru_cache(maxsize=_OPEN_SHARDS)(partial(_checked_tokens, folder, self.manifest))
+        self._index = lru_cache(maxsize=MAX_MAPPED_SHARDS)(partial(_checked_index, folder, self.manifest))
+        self._tokens = lru_cache(maxsize=MAX_MAPPED_SHARDS)(partial(_checked_tokens, folder, self.manifest))
+        self.views = ShardViews(self.num_shards, self.map_shard)
 
     @property
     def name(self) -> str:
@@ -77,6 +77,12 @@ class SourceStore:
         """All tokens of a shard: a read-only memory map of uint16 or uint32."""
         return self._tokens(shard)
 
+    def map_shard(self, shard: int) -> MappedShard:
+        """A shard of which no block is verified yet; ``views`` keeps those in use."""
+        index = self.index(shard)
+        is_verified = np.zeros(len(index.block_crc32), dtype=np.uint8)
+        return MappedShard(tokens_path(self.folder, shard), index, self.tokens(shard), is_verified)
+
 
 def verify_shard(store: SourceStore, shard: int) -> None:
     """Read a shard's tokens and compare every block with its crc32.
@@ -84,16 +90,9 @@ def verify_shard(store: SourceStore, shard: int) -> None:
     Raises:
         DataError: names the token file and the first block that differs.
     """
-    expected = read_index_file(index_path(store.folder, shard)).arrays["block_crc32"]
-    data = store.tokens(shard).view(np.uint8)
-    for block in range(-(-len(data) // BLOCK_BYTES)):
-        found = zlib.crc32(data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES].tobytes())
-        if found != expected[block]:
-            raise DataError(
-                f"{tokens_path(store.folder, shard)}: block {block} (bytes {block * BLOCK_BYTES} on) has crc32 "
-                f"{found:08x} and was written with {int(expected[block]):08x}: the file was damaged after it "
-                f"was prepared. Remove it and its .index and run `dsft prepare` again."
-            )
+    mapped = store.map_shard(shard)
+    for block in range(len(mapped.index.block_crc32)):
+        mapped.verify_block(block)
 
 
 def read_index_metadata(path: Path) -> dict[str, Any]:
@@ -159,12 +158,15 @@ def _checked_index(folder: Path, manifest: Manifest, shard: int) -> ShardIndex:
         )
     token_offsets = np.zeros(len(file.arrays["lengths"]) + 1, np.int64)
     np.cumsum(file.arrays["lengths"], out=token_offsets[1:], dtype=np.int64)
+    # Native code reads some of these through their addresses, so they must lie as their types demand.
+    arrays = {name: np.require(array, requirements=["A", "C"]) for name, array in file.arrays.items()}
     return ShardIndex(
-        lengths=file.arrays["lengths"],
-        num_bytes=file.arrays["num_bytes"],
-        span_offsets=file.arrays["span_offsets"],
-        spans=file.arrays["spans"],
-        span_weights=file.arrays["span_weights"],
+        lengths=arrays["lengths"],
+        num_bytes=arrays["num_bytes"],
+        span_offsets=arrays["span_offsets"],
+        spans=arrays["spans"],
+        span_weights=arrays["span_weights"],
+        block_crc32=arrays["block_crc32"],
         token_offsets=token_offsets,
     )
 

@@ -35,6 +35,7 @@ class ShardIndex:
         span_offsets: int64[N + 1]; the spans of document d are ``spans[span_offsets[d]:span_offsets[d + 1]]``.
         spans: int32[K, 2], token indices inside their document.
         span_weights: float32[K].
+        block_crc32: uint32[B], one per ``BLOCK_BYTES`` of the token file.
         token_offsets: int64[N + 1], start of each document in the token file (cumulative lengths).
     """
 
@@ -43,4 +44,5 @@ class ShardIndex:
     span_offsets: npt.NDArray[np.int64]
     spans: npt.NDArray[np.int32]
     span_weights: npt.NDArray[np.float32]
+    block_crc32: npt.NDArray[np.uint32]
     token_offsets: npt.NDArray[np.int64]

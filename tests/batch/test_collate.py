@@ -71,13 +71,13 @@ def test_a_row_by_hand(tmp_path: Path) -> None:
     assert supervised(batch) == [(0, 6, 1.0), (1, 7, 1.0), (2, 8, 1.0), (5, 2, 1.0), (6, 3, 1.0)]
     assert (batch.num_tokens, batch.num_padding_tokens, batch.is_filler, batch.weight_sum) == (8, 2, False, 5.0)
     for name, dtype in {
-        "input_ids": torch.int64,
-        "position_ids": torch.int64,
+        "input_ids": torch.int32,
+        "position_ids": torch.int32,
         "cu_seqlens": torch.int32,
-        "rows": torch.int64,
-        "targets": torch.int64,
+        "rows": torch.int32,
+        "targets": torch.int32,
         "row_weight": torch.float32,
-        "row_source": torch.int64,
+        "row_source": torch.int32,
     }.items():
         assert getattr(batch, name).dtype == dtype, name
 

@@ -24,7 +24,7 @@ def make_orders(max_lengths: list[int], num_documents: int = 50) -> list[SourceO
 
 def draw(max_lengths: list[int], weights: list[float], num_documents: int) -> DrawnDocuments:
     mixture = Mixture(make_orders(max_lengths), [START] * len(weights))
-    return mixture.draw(weights, [0] * len(weights), num_documents, 10**12)
+    return mixture.draw(weights, [0] * len(weights), num_documents, 10**12, 10**12)
 
 
 def one_by_one(max_lengths: list[int], weights: list[float], num_documents: int) -> list[tuple[int, int, int, int]]:
@@ -76,7 +76,7 @@ def test_draws_in_parts_equal_one_draw() -> None:
     parts = []
     for size in (1, 2, 97, 300, 100):
         mixture = Mixture(make_orders([40, 7, 300]), positions)  # a fresh one from the positions, as a resume makes
-        part = mixture.draw(weights, tokens, size, 10**12)
+        part = mixture.draw(weights, tokens, size, 10**12, 10**12)
         parts.append(part)
         positions = mixture.positions
         for source in range(3):
@@ -90,7 +90,7 @@ def test_a_draw_ends_with_the_document_that_reaches_the_tokens() -> None:
     weights = [0.5, 0.5]
     for limit in (1, 2, 50, 333, 1000):
         mixture = Mixture(make_orders([40, 7]), [START] * 2)
-        found = mixture.draw(weights, [0, 0], 10**9, limit)
+        found = mixture.draw(weights, [0, 0], 10**9, limit, 10**12)
         assert found.num_tokens >= limit
         assert found.num_tokens - int(found.planned[-1]) < limit
 
@@ -101,6 +101,68 @@ def test_a_source_without_weight_is_not_read() -> None:
 
     orders = make_orders([10])
     silent = SourceOrder(PlannedSource("x", 3, lengths), seed=1, group_shards=1, pack_tokens=10, overlong="split")
-    found = Mixture([orders[0], silent], [START] * 2).draw([1.0, 0.0], [0, 0], 400, 10**9)
+    found = Mixture([orders[0], silent], [START] * 2).draw([1.0, 0.0], [0, 0], 400, 10**9, 10**12)
     assert set(found.source.tolist()) == {0}
     assert found.epoch.max() == 2
+
+
+def windows_one_by_one(weights: list[float], sizes: list[int], epoch_tokens: int) -> list[list[tuple[int, ...]]]:
+    """Windows of at most ``sizes`` documents, document by document. Of sources that are equally far behind, one that is
+    at its epoch's end ends the window."""
+    orders = make_orders([40, 7, 300])
+    positions, tokens = [(0, 0, 0)] * len(weights), [0] * len(weights)
+    windows = []
+    for size in sizes:
+        window: list[tuple[int, ...]] = []
+        drawn = 0
+        while len(window) < size:
+            tags = [tokens[s] / weights[s] for s in range(len(weights))]
+            chunks = [orders[s].read(*positions[s]) for s in range(len(weights))]
+            is_next = [tag == min(tags) for tag in tags]
+            if drawn >= epoch_tokens and any(
+                chunk.epoch > position[0] and follows
+                for chunk, position, follows in zip(chunks, positions, is_next, strict=True)
+            ):
+                break
+            source = is_next.index(True)
+            chunk = chunks[source]
+            positions[source] = (chunk.epoch, chunk.group, int(chunk.ordinal[0]) + 1)
+            tokens[source] += int(chunk.planned[0])
+            drawn += int(chunk.planned[0])
+            window.append((source, chunk.epoch, int(chunk.shard[0]), int(chunk.document[0])))
+        windows.append(window)
+    return windows
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    weights=st.lists(st.sampled_from([0.5, 0.1, 1.0, 0.25]), min_size=1, max_size=3),
+    sizes=st.lists(st.sampled_from([1, 60, 300, 500]), min_size=2, max_size=4),
+    epoch_tokens=st.sampled_from([1, 500, 3000, 10**9]),
+    continued=st.booleans(),
+)
+def test_windows_end_with_an_epoch(weights: list[float], sizes: list[int], epoch_tokens: int, continued: bool) -> None:
+    """Where it ends does not depend on the chunks read ahead: the same from a fresh mixture, as a resume makes it."""
+    mixture = Mixture(make_orders([40, 7, 300])[: len(weights)], [START] * len(weights))
+    tokens = [0] * len(weights)
+    found = []
+    for size in sizes:
+        if not continued:
+            mixture = Mixture(make_orders([40, 7, 300])[: len(weights)], mixture.positions)
+        window = mixture.draw(weights, tokens, size, 10**12, epoch_tokens)
+        for source in range(len(weights)):
+            tokens[source] += int(window.planned[window.source == source].sum())
+        columns = (window.source, window.epoch, window.shard, window.document)
+        found.append(list(zip(*(column.tolist() for column in columns), strict=True)))
+    assert found == windows_one_by_one(weights, sizes, epoch_tokens)
+    assert all(found)
+
+
+def test_passes_over_one_source_do_not_share_a_window() -> None:
+    mixture = Mixture(make_orders([40]), [START])
+    tokens = 0
+    for epoch in range(4):
+        window = mixture.draw([1.0], [tokens], 10**6, 10**12, 1000)
+        assert len(set(zip(window.shard.tolist(), window.document.tolist(), strict=True))) == 150
+        assert set(window.epoch.tolist()) == {epoch}
+        tokens += window.num_tokens

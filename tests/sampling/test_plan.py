@@ -71,6 +71,39 @@ def rows(steps: list[StepPlan]) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("stages", [ONE_STAGE, STAGES])
+def test_restores_where_windows_end_with_epochs(stages: tuple[Stage, ...]) -> None:
+    """Window limits beyond the whole sources: only epochs and stages end a window."""
+
+    def make() -> Planner:
+        return make_planner(stages, pack_tokens=20, window_documents=10**6, window_tokens=10**6, train_tokens=20_000)
+
+    windows = list(make().windows(make().start()))
+    assert len(windows) > 5
+    steps = run(make())
+    for number in range(0, len(steps), 7):
+        again = run(make(), steps[number].cursor_after)
+        assert [content(step) for step in again] == [content(step) for step in steps[number + 1 :]]
+
+
+def test_a_small_corpus_is_read_epoch_by_epoch() -> None:
+    sources = [PlannedSource("s", len(LENGTHS[0]), LENGTHS[0].__getitem__)]
+    planner = Planner(
+        sources,
+        (Stage("all", None, (1.0,)),),
+        seed=3,
+        pack_tokens=60,
+        global_batch_packs=4,
+        window_documents=10**6,
+        window_tokens=10**9,
+        group_shards=2,
+        overlong="split",
+        train_tokens=4 * sum(int(column.sum()) for column in LENGTHS[0]),
+    )
+    epochs = [set(window.pieces.epoch.tolist()) for window in planner.windows(planner.start())]
+    assert epochs == [{0}, {1}, {2}, {3}]
+
+
+@pytest.mark.parametrize("stages", [ONE_STAGE, STAGES])
 @pytest.mark.parametrize("overlong", ["split", "truncate", "drop"])
 def test_restores_at_every_step(stages: tuple[Stage, ...], overlong: Overlong) -> None:
     def iterate(cursor: Cursor) -> Any:
@@ -271,7 +304,7 @@ def test_another_process_plans_the_same() -> None:
 def test_the_order_is_the_one_written_down() -> None:
     """Another value means another data order: raise ORDER_VERSION with it."""
     steps = run(make_planner(STAGES))
-    assert (len(steps), steps[0].plan_hash, steps[-1].plan_hash) == (27, 5940444673420081763, 1233514376327620204)
+    assert (len(steps), steps[0].plan_hash, steps[-1].plan_hash) == (27, 6019064647289213945, 4728384518520991062)
 
 
 def test_the_seed_changes_the_plan_and_the_batch_size_does_not_change_the_packs() -> None:

@@ -60,7 +60,7 @@ def _failing_ranks(groups: Groups, folder: Path) -> list[tuple[str, str, int]]:
         (full / METRICS_NAME).symlink_to("/dev/full")
     groups.barrier()
     results = [_fails(groups, folder, full)]
-    real, calls = dsft.batch.loader.collate, 0
+    real, calls = dsft.batch.loader.collate_rows, 0
 
     def unreadable(*args: Any) -> Any:
         nonlocal calls
@@ -69,9 +69,9 @@ def _failing_ranks(groups: Groups, folder: Path) -> list[tuple[str, str, int]]:
             raise OSError(5, "Input/output error")
         return real(*args)
 
-    dsft.batch.loader.collate = unreadable
+    dsft.batch.loader.collate_rows = unreadable
     results.append(_fails(groups, folder, folder / "unreadable"))
-    dsft.batch.loader.collate = real
+    dsft.batch.loader.collate_rows = real
     return results
 
 

@@ -197,19 +197,19 @@ def test_a_document_left_out_of_one_step(tmp_path: Path, monkeypatch: pytest.Mon
     """The loader itself is broken: one document never reaches the model."""
     import dsft.batch.loader as loader
 
-    honest = loader.collate
-    calls = 0
+    honest = loader.collate_rows
+    step = 0
     lost: list[int] = []
 
-    def collate(packs: Any, spec: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 12 and len(packs[0].length) > 1 and not lost:
-            lost.append((calls - 1) // 4 + 1)  # steps have 4 packs
-            packs = [packs[0].take(slice(1, None))]
-        return honest(packs, spec)
+    def collate_rows(rows: Any, spec: Any) -> Any:
+        nonlocal step
+        step += 1
+        if step > 3 and len(rows[0][0].length) > 1 and not lost:
+            lost.append(step)
+            rows = [[rows[0][0].take(slice(1, None))], *rows[1:]]
+        return honest(rows, spec)
 
-    monkeypatch.setattr(loader, "collate", collate)
+    monkeypatch.setattr(loader, "collate_rows", collate_rows)
     LoggedRun(tmp_path / "run", _stores(tmp_path), _config(tokens=2000)).attempt("broken", 1)
     report = _verify(tmp_path)
     assert [problem.split(":")[0] for problem in report.problems] == [f"step {lost[0]}"] * 2
