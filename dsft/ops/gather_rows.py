@@ -154,7 +154,7 @@ def gather_rows(
         pack_tokens,
         pad_id,
         hash_key,
-        *(column.data_ptr() for column in buffer),
+        *(memory.data_ptr() + 4 * total * column for column in range(6)),
         cu_seqlens.data_ptr(),
         summary.ctypes.data,
         ctypes.byref(where),
