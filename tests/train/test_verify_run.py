@@ -201,13 +201,13 @@ def test_a_document_left_out_of_one_step(tmp_path: Path, monkeypatch: pytest.Mon
     step = 0
     lost: list[int] = []
 
-    def collate_rows(rows: Any, spec: Any) -> Any:
+    def collate_rows(rows: Any, *others: Any) -> Any:
         nonlocal step
         step += 1
         if step > 3 and len(rows[0][0].length) > 1 and not lost:
             lost.append(step)
             rows = [[rows[0][0].take(slice(1, None))], *rows[1:]]
-        return honest(rows, spec)
+        return honest(rows, *others)
 
     monkeypatch.setattr(loader, "collate_rows", collate_rows)
     LoggedRun(tmp_path / "run", _stores(tmp_path), _config(tokens=2000)).attempt("broken", 1)
