@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from dsft.config.models import ModelSection
 from dsft.dist import Groups
 from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
 from dsft.model.generate import generate
 from dsft.model.initialise import gathered
-from dsft.model.load import load_model
 from dsft.model.packed import PackedCausalLM
 from dsft.model.parameters import freeze, full_shape, num_parameters, parameter_groups
 from dsft.model.probe import prove
-from tests.support.models import CONFIGS, VOCAB, random_row
+from tests.support.models import CONFIGS, random_row
 from tests.support.ranks import run_ranks
+from tests.support.zero3 import ZERO3, load
 
-ZERO3 = {
-    "train_micro_batch_size_per_gpu": 1,
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    "zero_allow_untested_optimizer": True,
-}
 PROMPTS = [[5, 6, 7, 8], [9]]
 STEPS = 2
-
-
-def load(partitioned: bool, **section: Any) -> PackedCausalLM:
-    added = section.pop("added_tokens", 0)
-    return load_model(
-        ModelSection(dtype="fp32", tokenizer="unused", **section),
-        vocab_tokens=VOCAB + added,
-        added_tokens=added,
-        seed=3,
-        device_type="cpu",
-        deepspeed_config=ZERO3 if partitioned else None,
-    )
 
 
 def assert_same(whole: PackedCausalLM, sliced: PackedCausalLM, num_ranks: int, *, resized: bool = False) -> None:
