@@ -131,9 +131,9 @@ def _check_space(groups: Groups, staging: Path, payload_bytes: int) -> None:
         free_bytes = disk.f_bavail * disk.f_frsize
         if free_bytes < needed_bytes:
             error = SaveError(
-                f"cannot save a checkpoint in {staging.parent}: it needs about {needed_bytes / 1e9:.3f} GB and "
-                f"{free_bytes / 1e9:.3f} GB are free. Nothing was written and older checkpoints are untouched; free "
-                "some space, or lower checkpoint.keep_last."
+                f"cannot save a checkpoint in {staging.parent}: it needs about {needed_bytes:,} bytes and "
+                f"{free_bytes:,} are free; {needed_bytes - free_bytes:,} bytes are missing. Nothing was written and "
+                "older checkpoints are untouched; free some space, or lower checkpoint.keep_last."
             )
     except OSError as failure:
         error = save_error(staging, failure)

@@ -12,14 +12,20 @@ import click
 )
 @click.option(
     "--resume",
-    metavar="auto|CHECKPOINT",
-    help="Go on from the newest whole checkpoint of the run (auto), or from the one named. None there is an error.",
+    metavar="auto|if-any|CHECKPOINT",
+    help="Go on from the newest whole checkpoint of the run (auto: none there is an error; if-any: then from the "
+    "beginning), or from the one named.",
 )
 @click.option(
     "--allow-data-change", is_flag=True, help="Resume although a change of the configuration alters the data order."
 )
 @click.option(
     "--dry-run", is_flag=True, help="Show steps, tokens, epochs, files and memory of the first batch; train nothing."
+)
+@click.option(
+    "--max-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Stop in time to have everything saved so many seconds after the start (exit code 75).",
 )
 @click.option("--profile-steps", metavar="FIRST:END", help="Write a torch profiler trace of these steps (0-based).")
 @click.pass_context
@@ -30,6 +36,7 @@ def command(
     resume: str | None,
     allow_data_change: bool,
     dry_run: bool,
+    max_seconds: float | None,
     profile_steps: str | None,
 ) -> int:
     """Train as RUN.yaml says.
@@ -37,11 +44,20 @@ def command(
     deepspeed --hostfile hosts.txt --module dsft train run.yaml
     """
     from dsft.config.load import load_config
+    from dsft.launch.ancestors import Launcher
+
+    launcher = Launcher.find()
     from dsft.train.profiling import parse_steps
 
     config = load_config(config_file, overrides)
     steps = parse_steps(profile_steps)
     from dsft.train.start import Options, start
 
-    options = Options(resume=resume, allow_data_change=allow_data_change, dry_run=dry_run, profile_steps=steps)
-    return start(config, options, local_rank_argument=(context.obj or {}).get("local_rank"))
+    options = Options(
+        resume=resume,
+        allow_data_change=allow_data_change,
+        dry_run=dry_run,
+        profile_steps=steps,
+        max_seconds=max_seconds,
+    )
+    return start(config, options, launcher=launcher, local_rank_argument=(context.obj or {}).get("local_rank"))

@@ -244,6 +244,8 @@ class CheckpointSection(Section):
 
     every_steps: PositiveCount | None = None
     keep_last: Annotated[int, Field(ge=1)] = 3
+    max_failed_saves: Annotated[int, Field(ge=1)] = 3
+    """Saves in a row that may fail (disk full, folder gone) before the run ends; training goes on until then."""
 
 
 class LogSection(Section):

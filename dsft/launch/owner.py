@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -42,23 +43,43 @@ class RunFolder:
         self.path = path
         self.attempt = attempt
         self._descriptor = descriptor
+        before = read_run_state(path) or {}  # until this start has saved, what an earlier one saved stands
+        self._standing = {key: before.get(key) for key in ("checkpoint", "checkpoint_step")}
+        self._writing = threading.Lock()
 
     @property
     def is_owner(self) -> bool:
         """True on rank 0, which holds the lock and alone writes the state."""
         return self._descriptor is not None
 
-    def write_state(self, status: RunStatus, step: int | None, **more: Any) -> None:
-        """Write ``run_state.json`` atomically on rank 0; does nothing on the others.
+    def set_checkpoint(self, checkpoint: Path, step: int) -> None:
+        """The newest checkpoint of the run is ``checkpoint``; the states written from now on say so."""
+        self._standing = {"checkpoint": str(checkpoint.absolute()), "checkpoint_step": step}
+
+    @property
+    def checkpoint_step(self) -> int | None:
+        """Step of the newest checkpoint of the run that is known; None: there is none."""
+        step: int | None = self._standing["checkpoint_step"]
+        return step
+
+    def write_state(self, status: RunStatus, step: int | None, *, exit_code: int | None = None, **more: Any) -> None:
+        """Write ``run_state.json`` atomically on rank 0; does nothing on the others. Any thread may call it.
+
+        Beside what is given here it says which attempt, on which host, and what checkpoint stands. It is the truth
+        about a run: launchers lose exit codes, and ``deepspeed`` ends with 0 when its node launcher is killed.
 
         Args:
             step: optimizer steps done; None: it failed before that was known.
+            exit_code: what this process will end with; None: it runs.
 
         Raises:
             SaveError: it could not be written.
         """
-        if self.is_owner:
-            record = {"status": status, "step": step, "attempt": self.attempt, "time": time.time(), **more}
+        if not self.is_owner:
+            return
+        record = {"status": status, "step": step, "attempt": self.attempt, "time": time.time(), **self._standing}
+        record |= {"host": socket.gethostname(), "pid": os.getpid(), "exit_code": exit_code, **more}
+        with self._writing:
             write_json(self.path / STATE_NAME, record)
 
     def release(self) -> None:

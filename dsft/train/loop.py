@@ -8,9 +8,13 @@ from typing import Any
 
 from dsft.batch.loader import Loader
 from dsft.batch.types import StepBatch
+from dsft.checkpoint.manifest import checkpoint_name
 from dsft.dist import Groups
-from dsft.errors import DataError, TrainingError
+from dsft.errors import DataError, SaveError, TrainingError
+from dsft.launch.owner import RunFolder
+from dsft.launch.progress import Progress
 from dsft.launch.stop import StopFlag
+from dsft.launch.watch import standing
 from dsft.metrics.recorder import Recorder
 from dsft.train.control import Proposal, agree, propose
 from dsft.train.evaluation import EvaluationPlan
@@ -34,7 +38,9 @@ class Run:
     evaluation: EvaluationPlan
     recorder: Recorder
     step_log: StepLog
+    folder: RunFolder
     stop: StopFlag
+    progress: Progress
     profiler: Profiler
     seed: int
     salt: int
@@ -48,14 +54,17 @@ def train(run: Run, state: TrainState) -> str:
     """Train from ``state`` to the end of the data, ``max_steps``, a stop request or an early stop.
 
     Returns:
-        ``finished``, ``stopped`` (on request) or ``early_stop`` (overfitting, forgetting); the state is saved.
+        ``finished``, ``stopped`` (on request) or ``early_stop`` (overfitting, forgetting), with the state saved; or
+        ``out_of_time``: stopped on request, with too little time left to save.
     """
     batches = run.loader.steps(state.cursor)
     outcome = "finished"
+    run.progress.begin("evaluate", state.step)
     run.evaluation.at_start(run, state)
     run.step_log.begin()
     proposal = _propose_next(run, batches)
     while run.max_steps is None or state.step < run.max_steps:
+        run.progress.begin("step", state.step)
         agreed = agree(run.groups, proposal)
         if agreed.end or agreed.stop:
             outcome = "stopped" if agreed.stop and not agreed.end else "finished"
@@ -80,15 +89,20 @@ def train(run: Run, state: TrainState) -> str:
         evaluate, save = run.evaluation.due(state, batch), run.saver.due(state)
         if state.step % run.log_every_steps == 0 or evaluate or save:  # both need the training loss up to here
             _write_steps(run, state)
-        if evaluate and run.evaluation.measure(run, state):
+        if evaluate and _evaluate(run, state):
             outcome = "early_stop"
             break
         if save:
-            run.saver.save(run, state)
+            _save(run, state, must=False)
     _write_steps(run, state)
-    run.saver.save(run, state)  # first of all: who asked to stop may not wait for an evaluation
-    if outcome != "stopped":
+    if outcome == "stopped" and not _has_time_to_save(run, state):
+        outcome = "out_of_time"
+    else:
+        _save(run, state, must=True)  # first of all: who asked to stop may not wait for an evaluation
+    if outcome in ("finished", "early_stop"):
+        run.progress.begin("evaluate", state.step)
         run.evaluation.at_end(run, state)
+    run.progress.begin("end", state.step)
     run.groups.agree(run.recorder.error or run.step_log.error)
     return outcome
 
@@ -105,6 +119,50 @@ def _propose_next(run: Run, batches: Iterator[StepBatch]) -> Proposal:
         error = caught
     error = error or run.recorder.error or run.step_log.error
     return propose(run.groups, batch, error, stop=run.stop.requested is not None, salt=run.salt)
+
+
+def _evaluate(run: Run, state: TrainState) -> bool:
+    run.progress.begin("evaluate", state.step)
+    return run.evaluation.measure(run, state)
+
+
+def _save(run: Run, state: TrainState, *, must: bool) -> None:
+    """Save. Raises SaveError when it must succeed and did not, or when too many saves in a row have failed."""
+    run.progress.begin("save", state.step)
+    if must:
+        run.saver.save(run, state)
+    else:
+        run.saver.try_save(run, state)
+    _note_checkpoint(run, state)
+
+
+def _note_checkpoint(run: Run, state: TrainState) -> None:
+    """Say in ``run_state.json`` which checkpoint stands, when it is another one than before."""
+    step = run.saver.saved_step
+    if step is None or step == run.folder.checkpoint_step:
+        return
+    run.folder.set_checkpoint(run.saver.folder / checkpoint_name(step), step)
+    try:
+        run.folder.write_state("running", state.step)
+    except SaveError as error:  # the checkpoint is whole all the same
+        run.recorder.warn(str(error))
+
+
+def _has_time_to_save(run: Run, state: TrainState) -> bool:
+    """Whether a save as long as the last one fits before the first rank's deadline. Collective, same answer everywhere.
+
+    Without an older checkpoint it is tried anyway: there is nothing to lose.
+    """
+    everyones = run.groups.all_gather_object([run.stop.seconds_left(), run.progress.save_seconds])
+    left = min((left for left, _ in everyones if left is not None), default=None)
+    needed = max((seconds for _, seconds in everyones if seconds is not None), default=None)
+    if left is None or needed is None or left > needed or run.saver.saved_step in (None, state.step):
+        return True
+    run.recorder.warn(
+        f"step {state.step} is not saved: {max(left, 0.0):.1f} s are left until this run is killed, and the last save "
+        f"took {needed:.1f} s; {standing(run.saver.saved_step)}"
+    )
+    return False
 
 
 def _advance(state: TrainState, batch: StepBatch, num_supervised: int, result: StepResult) -> None:

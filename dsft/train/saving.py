@@ -15,6 +15,7 @@ from dsft.checkpoint.manifest import WrittenFile
 from dsft.checkpoint.payload import estimate_bytes, save_engine
 from dsft.config.models import CheckpointSection
 from dsft.constants import CHECKPOINT_VERSION, ORDER_VERSION
+from dsft.errors import SaveError
 from dsft.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Saver:
         attempt: id of this start of the run.
         identity: what a resume compares: resolved configuration, store fingerprints, world size.
         saved_step: step of the last checkpoint of this start, or of the one it went on from.
+        num_failed_in_row: saves that failed since the last one that did not.
     """
 
     section: CheckpointSection
@@ -41,11 +43,30 @@ class Saver:
     attempt: str
     identity: dict[str, Any]
     saved_step: int | None = None
+    num_failed_in_row: int = 0
 
     def due(self, state: TrainState) -> bool:
         """Whether the step that was just taken ends an interval."""
         every = self.section.every_steps
         return every is not None and state.step % every == 0
+
+    def try_save(self, run: Run, state: TrainState) -> None:
+        """As :meth:`save`, but training goes on after a failure, until ``checkpoint.max_failed_saves`` in a row.
+
+        Collective; a failed save fails on every rank, so all of them count alike.
+
+        Raises:
+            SaveError: so many saves in a row have failed.
+        """
+        try:
+            self.save(run, state)
+        except SaveError as error:
+            self.num_failed_in_row += 1
+            standing = "there is no checkpoint yet" if self.saved_step is None else f"step {self.saved_step} stands"
+            count = f"{self.num_failed_in_row} of {self.section.max_failed_saves} in a row"
+            if self.num_failed_in_row >= self.section.max_failed_saves:
+                raise SaveError(f"step {state.step} could not be saved ({count}); {standing}: {error}") from error
+            run.recorder.warn(f"step {state.step} could not be saved ({count}), training goes on; {standing}: {error}")
 
     def save(self, run: Run, state: TrainState) -> None:
         """Commit the present state as one checkpoint (collective), unless this step has one already.
@@ -74,7 +95,7 @@ class Saver:
             state={**self.identity, "attempt": self.attempt, "versions": versions(), "train": state.to_json()},
             keep_last=self.section.keep_last,
         )
-        self.saved_step = state.step
+        self.saved_step, self.num_failed_in_row = state.step, 0
         seconds = time.perf_counter() - started
         run.step_log.exclude(seconds)
         run.recorder.write("checkpoint", {"step": state.step, "path": str(checkpoint), "seconds": seconds})

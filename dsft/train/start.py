@@ -13,18 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from dsft import dist
+from dsft.checkpoint.manifest import step_of
 from dsft.config.deepspeed import build_deepspeed_config
 from dsft.config.load import config_differences, config_to_json
 from dsft.config.models import RunConfig
-from dsft.constants import EXIT_OK, EXIT_STOPPED_EARLY
-from dsft.errors import ConfigError, SaveError
+from dsft.constants import EXIT_OK, EXIT_RUN_FAILED, EXIT_STOPPED_EARLY
+from dsft.errors import ConfigError, DsftError, SaveError
 from dsft.evaluate.generation import check_section
 from dsft.evaluate.overfit import OverfitWatch
 from dsft.evaluate.run import HeldOutSet
 from dsft.fsio import write_json
+from dsft.launch.ancestors import Launcher
 from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
-from dsft.launch.owner import RunFolder, read_run_state, take_run_folder
+from dsft.launch.owner import RunFolder, RunStatus, read_run_state, take_run_folder
+from dsft.launch.progress import Progress
 from dsft.launch.stop import StopFlag
+from dsft.launch.watch import Watch
 from dsft.metrics.console import Console, set_up_logging
 from dsft.metrics.recorder import Recorder
 from dsft.metrics.throughput import Throughput
@@ -52,6 +56,7 @@ _LAST_WORDS = {
     "finished": "finished after step %d; everything is saved",
     "early_stop": "ended early after step %d, because a held-out loss rises (see the warning); everything is saved",
     "stopped": "stopped on request after step %d; everything is saved: go on with --resume auto",
+    "out_of_time": "stopped on request after step %d, too late to save it (see above): go on with --resume auto",
 }
 
 
@@ -60,16 +65,18 @@ class Options:
     """What the command line adds to the configuration.
 
     Attributes:
-        resume: ``auto``, a checkpoint folder, or None for a fresh start.
+        resume: ``auto``, ``if-any``, a checkpoint folder, or None for a fresh start.
         allow_data_change: resume although the data order changes.
         dry_run: show what would be trained, train nothing.
         profile_steps: steps to trace.
+        max_seconds: stop, with everything saved, so that the run ends about so long after its start.
     """
 
     resume: str | None = None
     allow_data_change: bool = False
     dry_run: bool = False
     profile_steps: range = range(0)
+    max_seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What must be alike on all ranks."""
@@ -85,6 +92,7 @@ class Rank:
     deepspeed_config: dict[str, Any]
     folder: RunFolder
     stop: StopFlag
+    progress: Progress
     phases: Phases
 
 
@@ -102,8 +110,11 @@ class Phases:
         self._since = now
 
 
-def start(config: RunConfig, options: Options, *, local_rank_argument: int | None) -> int:
+def start(config: RunConfig, options: Options, *, launcher: Launcher, local_rank_argument: int | None) -> int:
     """Run ``config`` as the rank that this process is; returns the exit code.
+
+    Args:
+        launcher: what started this process, found before the slow imports.
 
     Raises:
         DsftError: on every rank, or at least on the one that can name the cause.
@@ -112,40 +123,55 @@ def start(config: RunConfig, options: Options, *, local_rank_argument: int | Non
     world = discover_world(os.environ, local_rank_argument)
     check_world_size(world, config.run.world_size)
     set_up_logging(is_main=world.rank == 0, who=f"{socket.gethostname()}, rank {world.rank}")
-    device_type = setup.choose_device_type(os.environ)
-    deepspeed_config = build_deepspeed_config(config, world.size, device_type)
+    stop, progress = StopFlag(), Progress()
+    with stop, Watch(stop, progress, launcher, rank=world.rank, max_seconds=options.max_seconds) as watch:
+        device_type = setup.choose_device_type(os.environ)
+        deepspeed_config = build_deepspeed_config(config, world.size, device_type)
+        groups = _join(config, options, world, deepspeed_config, device_type, phases)
+        folder = take_run_folder(Path(config.run.dir), groups)
+        watch.take(folder)
+        state: TrainState | None = None
+        try:
+            rank = Rank(groups, device_type, deepspeed_config, folder, stop, progress, phases)
+            ready = _set_up(config, options, rank)
+            if ready is None:
+                return EXIT_OK
+            run, state = ready
+            return _train(run, state, folder)
+        except BaseException as error:
+            if not options.dry_run:
+                _write_failure(folder, None if state is None else state.step, error)
+            raise
+        finally:
+            watch.leave()
+            folder.release()
+
+
+def _join(
+    config: RunConfig,
+    options: Options,
+    world: dist.World,
+    deepspeed_config: dict[str, Any],
+    device_type: dist.DeviceType,
+    phases: Phases,
+) -> dist.Groups:
+    """Native operations, process group, and the proof that all ranks were started alike. Collective."""
     cpu_adam = setup.is_offloaded(deepspeed_config)
     prepare_deepspeed_ops(needed_ops(device_type, cpu_adam=cpu_adam), device_type)
     choose_kernels(config.kernels, device_type)
     phases.done("op_build_seconds")
     groups = dist.init(world, device_type)
     phases.done("process_group_seconds")
-    check_same_configuration(
-        groups,
-        {
-            "config": config_to_json(config),
-            "deepspeed": deepspeed_config,
-            "options": options.to_json(),
-            "versions": versions(),
-        },
-    )
+    started_with = {
+        "config": config_to_json(config),
+        "deepspeed": deepspeed_config,
+        "options": options.to_json(),
+        "versions": versions(),
+    }
+    check_same_configuration(groups, started_with)
     with groups.together():
         check_run_folder(Path(config.run.dir))
-    folder = take_run_folder(Path(config.run.dir), groups)
-    state: TrainState | None = None
-    try:
-        with StopFlag() as stop:
-            ready = _set_up(config, options, Rank(groups, device_type, deepspeed_config, folder, stop, phases))
-            if ready is None:
-                return EXIT_OK
-            run, state = ready
-            return _train(run, state, folder)
-    except BaseException as error:
-        if not options.dry_run:
-            _write_failure(folder, None if state is None else state.step, error)
-        raise
-    finally:
-        folder.release()
+    return groups
 
 
 def _set_up(config: RunConfig, options: Options, rank: Rank) -> tuple[Run, TrainState] | None:
@@ -179,12 +205,15 @@ def _train(run: Run, state: TrainState, folder: RunFolder) -> int:
     finally:
         run.recorder.close()
         run.loader.close()
+    is_stopped = outcome in ("stopped", "out_of_time")
+    exit_code = EXIT_STOPPED_EARLY if is_stopped else EXIT_OK
     with run.groups.together():
         run.profiler.close()
-        folder.write_state("stopped" if outcome == "stopped" else "finished", state.step, outcome=outcome)
+        status: RunStatus = "stopped" if is_stopped else "finished"
+        folder.write_state(status, state.step, exit_code=exit_code, outcome=outcome, reason=run.stop.requested)
     logger.info(_LAST_WORDS[outcome], state.step)
     run.groups.close()
-    return EXIT_STOPPED_EARLY if outcome == "stopped" else EXIT_OK
+    return exit_code
 
 
 def check_run_folder(folder: Path) -> None:
@@ -211,8 +240,9 @@ def _write_failure(folder: RunFolder, step: int | None, error: BaseException) ->
     before = read_run_state(folder.path)
     if step is None and before is not None and before["status"] in ("finished", "stopped"):
         return
+    exit_code = error.exit_code if isinstance(error, DsftError) else EXIT_RUN_FAILED
     try:
-        folder.write_state("failed", step, error=str(error) or type(error).__name__)
+        folder.write_state("failed", step, exit_code=exit_code, error=str(error) or type(error).__name__)
     except SaveError as second:
         logger.error("%s", second)
 
@@ -271,9 +301,12 @@ def build_run(
         recorder = Recorder(folder.path, config.log.sinks, is_main=is_main, console=console)
         log_dir = folder.path if is_main else None
         step_log = StepLog(groups, names, throughput, log_dir, folder.attempt, engine.device)
+    resume = _with_any(options.resume, saver.folder, groups)
     state, origin = restore(
-        options.resume, saver, engine, groups, recorder, planner.start(), allow_data_change=options.allow_data_change
+        resume, saver, engine, groups, recorder, planner.start(), allow_data_change=options.allow_data_change
     )
+    if saver.saved_step is not None and origin is not None:
+        folder.set_checkpoint(origin.checkpoint, saver.saved_step)
     prove(engine.module, engine.device)
     with groups.together():
         evaluation = _evaluation(config, data, state)
@@ -290,7 +323,9 @@ def build_run(
         evaluation=evaluation,
         recorder=recorder,
         step_log=step_log,
+        folder=folder,
         stop=rank.stop,
+        progress=rank.progress,
         profiler=Profiler(options.profile_steps, folder.path / "profile", groups.rank),
         seed=config.run.seed,
         salt=_salt(identity),
@@ -300,6 +335,15 @@ def build_run(
         max_skipped_steps=config.train.max_skipped_steps,
     )
     return run, state
+
+
+def _with_any(resume: str | None, checkpoints: Path, groups: dist.Groups) -> str | None:
+    """``if-any`` is ``auto`` where the run has a checkpoint, whole or not, and a fresh start where it has none."""
+    if resume != "if-any":
+        return resume
+    has_any = checkpoints.is_dir() and any(step_of(path) is not None for path in checkpoints.iterdir())
+    answer: str | None = groups.broadcast_object("auto" if has_any else None)
+    return answer
 
 
 def _evaluation(config: RunConfig, data: setup.Data, state: TrainState) -> EvaluationPlan:

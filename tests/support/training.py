@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from dsft.config.models import RunConfig
 from dsft.dist import Groups, drop_shared_memory_name
 from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
 from dsft.launch.owner import take_run_folder
+from dsft.launch.progress import Progress
 from dsft.launch.stop import StopFlag
 from dsft.metrics.recorder import METRICS_NAME
 from dsft.model.flops import model_cost
@@ -115,11 +117,6 @@ def built_run(
         stores, held_out: token stores of the sources and of the held-out sets, in the configuration's order.
         resume: checkpoint to go on from.
     """
-    import deepspeed
-
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)  # as dist.init does
-    groups.barrier()
-    drop_shared_memory_name(groups.world)
     parsed = RunConfig.model_validate({**config, "run": {"name": "t", "dir": str(run_dir), "seed": 17}})
     tokenizer: Any = SimpleNamespace(
         vocab_tokens=1,
@@ -134,8 +131,12 @@ def built_run(
     data = setup.Data(tokenizer, tuple(map(SourceStore, stores)), tuple(map(SourceStore, held_out)))
     deepspeed_config = build_deepspeed_config(parsed, groups.size, "cpu")
     prepare_deepspeed_ops(needed_ops("cpu", cpu_adam=setup.is_offloaded(deepspeed_config)), "cpu")
+    deepspeed = importlib.import_module("deepspeed")
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)  # as dist.init does
+    groups.barrier()
+    drop_shared_memory_name(groups.world)
     folder = take_run_folder(run_dir, groups)
-    rank = Rank(groups, "cpu", deepspeed_config, folder, StopFlag(), Phases())
+    rank = Rank(groups, "cpu", deepspeed_config, folder, StopFlag(), Progress(), Phases())
     engine, hf_config = setup.build_engine(parsed, data, groups, parsed.model.path, deepspeed_config, "cpu")
     run, state = build_run(parsed, Options(resume=resume), data, rank, engine, hf_config, model_cost(hf_config))
     try:

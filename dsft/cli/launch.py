@@ -1,0 +1,57 @@
+"""``dsft launch``: ``deepspeed``, started again when the run fails or hangs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("launch")
+@click.argument("config_file", metavar="RUN.yaml", type=click.Path())
+@click.option("--num_gpus", "--num-gpus", type=click.IntRange(min=1), help="Ranks on each host; default: its devices.")
+@click.option("--hostfile", type=click.Path(), help="Hosts, as for deepspeed: 'name slots=N', one a line.")
+@click.option(
+    "--max-restarts", type=click.IntRange(min=0), default=3, show_default=True, help="In a row without new checkpoint."
+)
+@click.option("--min-nodes", type=click.IntRange(min=1), help="Go on without hosts that are lost, with at least N.")
+@click.option("--resume", metavar="auto|if-any|CHECKPOINT", help="Of the first start, as for dsft train.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as for dsft train.")
+@click.option("--max-seconds", type=float, help="Of each start, as for dsft train.")
+def command(
+    config_file: str,
+    num_gpus: int | None,
+    hostfile: str | None,
+    max_restarts: int,
+    min_nodes: int | None,
+    resume: str | None,
+    overrides: tuple[str, ...],
+    max_seconds: float | None,
+) -> int:
+    """Run `deepspeed ... --module dsft train RUN.yaml` and watch it.
+
+    A run that fails, or a rank that hangs, ends the whole start; the next one goes on from the last checkpoint. The run
+    is finished when its own record says so. SIGTERM and Ctrl-C stop it with everything saved (exit code 75).
+    """
+    from dsft.config.hostfile import parse_hostfile
+    from dsft.config.load import load_config
+    from dsft.launch.supervise import Job, supervise
+    from dsft.metrics.console import set_up_logging
+
+    set_up_logging(is_main=True, who="launch")
+    config = load_config(config_file, overrides)
+    arguments = ["train", config_file]
+    for override in overrides:
+        arguments += ["--set", override]
+    if max_seconds is not None:
+        arguments += ["--max-seconds", str(max_seconds)]
+    job = Job(
+        run_dir=Path(config.run.dir),
+        train_arguments=tuple(arguments),
+        resume=resume,
+        num_gpus=num_gpus,
+        hosts=() if hostfile is None else parse_hostfile(hostfile),
+        max_restarts=max_restarts,
+        min_nodes=min_nodes,
+    )
+    return supervise(job)

@@ -1,0 +1,44 @@
+"""Where a rank is: its phase and step, how long a step and a save take. The loop writes it, the rank's watch reads."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from typing import Literal
+
+Phase = Literal["start", "step", "evaluate", "save", "end"]
+_NUM_REMEMBERED = 33
+
+
+class Progress:
+    """Written by one thread, read by another; every attribute is replaced as a whole.
+
+    Attributes:
+        phase: what this rank does now.
+        step: optimizer steps taken.
+        since: ``time.monotonic()`` at which it began.
+        save_seconds: how long the last save took; None: none yet.
+    """
+
+    def __init__(self) -> None:
+        self.phase: Phase = "start"
+        self.step = 0
+        self.since = time.monotonic()
+        self.save_seconds: float | None = None
+        self._step_seconds: deque[float] = deque(maxlen=_NUM_REMEMBERED)
+
+    def begin(self, phase: Phase, step: int) -> None:
+        """This rank begins ``phase`` (again) after ``step`` steps; what it did before has ended."""
+        now = time.monotonic()
+        if self.phase == "step":
+            self._step_seconds.append(now - self.since)
+        elif self.phase == "save":
+            self.save_seconds = now - self.since
+        self.phase, self.step, self.since = phase, step, now
+
+    @property
+    def median_step_seconds(self) -> float | None:
+        """Of the last steps; None before the second (the first one compiles and fills caches)."""
+        seconds = list(self._step_seconds)[1:]
+        return statistics.median(seconds) if seconds else None
