@@ -39,6 +39,7 @@ from dsft.demo.corpus import language_reference
 from dsft.demo.tokenizer import make_tokenizer
 from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
 from dsft.launch.owner import take_run_folder
+from dsft.launch.progress import Progress
 from dsft.launch.stop import StopFlag
 from dsft.model.flops import model_cost
 from dsft.sampling.types import Cursor
@@ -131,7 +132,7 @@ def make_run(folder: Path, groups: dist.Groups, device_type: dist.DeviceType) ->
     deepspeed_config = build_deepspeed_config(config, groups.size, device_type)
     engine, hf_config = setup.build_engine(config, data, groups, None, deepspeed_config, device_type)
     owned = take_run_folder(folder / "run", groups)
-    rank = Rank(groups, device_type, deepspeed_config, owned, StopFlag(), Phases())
+    rank = Rank(groups, device_type, deepspeed_config, owned, StopFlag(), Progress(), Phases())
     run, state = build_run(config, Options(), data, rank, engine, hf_config, model_cost(hf_config))
     feed = Feed(run.loader, state.cursor)
     nothing: Any = Nothing()
