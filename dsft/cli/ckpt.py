@@ -33,14 +33,14 @@ def ls(run: Path) -> None:
     for checkpoint in found:
         try:
             opened = OpenCheckpoint(checkpoint)
-            tokens = load_state(checkpoint)["train"]["tokens_trained"]
+            train = load_state(checkpoint).get("train")
         except CheckpointError as error:
             click.echo(f"{checkpoint.name}  NOT WHOLE: {error}")
             continue
         size = sum(file.num_bytes for file in opened.files.values())
-        click.echo(
-            f"{checkpoint.name}  {size / 1e9:9.3f} GB  {opened.manifest.world_size:4} ranks  {tokens:,} tokens trained"
-        )
+        position = "imported" if train is None else f"{train['tokens_trained']:,} tokens trained"
+        ranks = opened.manifest.world_size
+        click.echo(f"{checkpoint.name}  {size / 1e9:9.3f} GB  {ranks:4} ranks  {position}")
 
 
 @command.command()
