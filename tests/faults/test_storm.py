@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.ranks import REPOSITORY
 
-NUM_FAULTS = 8
+NUM_FAULTS = 5
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 
 
