@@ -1,4 +1,4 @@
-"""A real SLURM cluster on this machine: munged, slurmctld and two slurmd in folders and on ports of their own."""
+"""A real SLURM cluster on this machine: munged, slurmctld and three slurmd in folders and on ports of their own."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tests.support.ranks import free_port
 
-NODES = "0x7f00000[1-2]"
-"""Node names in SLURM's short form. On a cluster node names resolve; these do on every machine without a change of its
-hosts file, because they are the numbers of 127.0.0.1 and 127.0.0.2."""
+NODES = ("0x7f000001", "0x7f000002", "0x7f000003")
+"""On a cluster node names resolve; these do on every machine without a change of its hosts file, because they are the
+numbers of 127.0.0.1, 127.0.0.2 and 127.0.0.3."""
 _CONFIGURATION = """\
 ClusterName=dsft
 SlurmctldHost={host}(127.0.0.1)
@@ -34,12 +34,16 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
 ReturnToService=2
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=bf_interval=2,sched_interval=2
 SlurmdParameters=config_overrides
-NodeName=0x7f000001 NodeHostname={host} NodeAddr=127.0.0.1 Port={first_port} CPUs=4 RealMemory=1000
-NodeName=0x7f000002 NodeHostname={host} NodeAddr=127.0.0.1 Port={second_port} CPUs=4 RealMemory=1000
-PartitionName=all Nodes=0x7f00000[1-2] Default=YES MaxTime=INFINITE State=UP
+{nodes}
+PartitionName=all Nodes=0x7f00000[1-3] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=0x7f00000[1-3] MaxTime=INFINITE State=UP PriorityTier=2
 """
-PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sinfo", "scancel", "squeue")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "sinfo", "scancel", "scontrol", "squeue")
 
 
 @contextmanager
@@ -52,8 +56,11 @@ def slurm_cluster(folder: Path, timeout_seconds: float = 60.0) -> Iterator[dict[
             host=socket.gethostname(),
             user=getpass.getuser(),
             controller_port=free_port(),
-            first_port=free_port(),
-            second_port=free_port(),
+            nodes="\n".join(
+                f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={free_port()} CPUs=4 "
+                "RealMemory=1000"
+                for name in NODES
+            ),
         )
     )
     (folder / "state").mkdir()
@@ -69,12 +76,11 @@ def slurm_cluster(folder: Path, timeout_seconds: float = 60.0) -> Iterator[dict[
             for name, command in {
                 "munged": munged,
                 "slurmctld": ["slurmctld", "-D", "-c", "-f", str(configuration)],
-                "slurmd1": ["slurmd", "-D", "-f", str(configuration), "-N", "0x7f000001"],
-                "slurmd2": ["slurmd", "-D", "-f", str(configuration), "-N", "0x7f000002"],
+                **{f"slurmd-{name}": ["slurmd", "-D", "-f", str(configuration), "-N", name] for name in NODES},
             }.items()
         ]
         deadline = time.monotonic() + timeout_seconds
-        while _ask(["sinfo", "-h", "-o", "%D %T"], environ) != "2 idle":
+        while ask(["sinfo", "-h", "-p", "all", "-o", "%D %T"], environ) != f"{len(NODES)} idle":
             logs = [log.read_text(errors="replace")[-2000:] for log in sorted(folder.glob("*.log"))]
             assert all(daemon.poll() is None for daemon in daemons), logs
             assert time.monotonic() < deadline, logs
@@ -82,9 +88,9 @@ def slurm_cluster(folder: Path, timeout_seconds: float = 60.0) -> Iterator[dict[
         try:
             yield environ
         finally:
-            _ask(["scancel", "--signal=KILL", f"--user={getpass.getuser()}"], environ)
+            ask(["scancel", "--signal=KILL", f"--user={getpass.getuser()}"], environ)
             deadline = time.monotonic() + 20
-            while _ask(["squeue", "-h"], environ) and time.monotonic() < deadline:
+            while ask(["squeue", "-h"], environ) and time.monotonic() < deadline:
                 time.sleep(0.2)
 
 
@@ -103,7 +109,8 @@ def _daemon(command: list[str], log: Path, environ: dict[str, str]) -> Iterator[
             process.wait()
 
 
-def _ask(command: list[str], environ: dict[str, str]) -> str:
+def ask(command: list[str], environ: dict[str, str]) -> str:
+    """What one of SLURM's programs prints."""
     answer = subprocess.run(
         command, capture_output=True, text=True, timeout=30, check=False, env={**os.environ, **environ}
     )
