@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,10 +120,12 @@ def test_a_job_that_is_stopped_in_every_way_ends_with_the_losses_of_one_that_is_
     assert newest_step(cluster.folder / "stopped") >= step, "preempted without a save"
 
     cluster.wait_for_step(job, "stopped", newest_step(cluster.folder / "stopped") + 3)
-    cluster.ask("scontrol", "requeue", job)  # no signal that a rank could answer: it goes on from the last commit
+    cluster.ask("scontrol", "requeue", job)
+    cluster.wait(job, "PENDING")
 
     cluster.wait_for_step(job, "stopped", newest_step(cluster.folder / "stopped") + 3)
-    cluster.ask("scontrol", "update", f"nodename={NODES[0]}", "state=down", "reason=test")
+    for state in ("drain", "down"):  # drained, it stays away when its daemon, which lives on, reports again
+        cluster.ask("scontrol", "update", f"nodename={NODES[0]}", f"state={state}", "reason=test")
     cluster.wait(job, "COMPLETED")
     assert NODES[0] not in cluster.ask("scontrol", "show", "hostnames", cluster.value(job, "NodeList"))
     assert losses(cluster.folder / "stopped") == losses(cluster.folder / "plain")  # to the bit
@@ -141,20 +143,25 @@ def standing_still(run_dir: Path) -> Iterator[list[psutil.Process]]:
         yield ranks
     finally:
         for rank in ranks:
-            rank.resume()
+            with suppress(psutil.NoSuchProcess):
+                rank.resume()
 
 
 def wait_for_signal(ranks: list[psutil.Process]) -> None:
-    """Until a USR1 is pending for one of the suspended ranks."""
+    """Until a suspended rank has a USR1 to answer, or SLURM has woken it up for that and it goes on or has ended."""
     deadline = time.monotonic() + LIMIT_SECONDS
-    while not any(_pending(rank.pid) & 1 << signal.SIGUSR1 - 1 for rank in ranks):
+    while not any(_told(rank) for rank in ranks):
         assert time.monotonic() < deadline, "no signal before the time limit"
         time.sleep(0.2)
 
 
-def _pending(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd"))
+def _told(rank: psutil.Process) -> bool:
+    try:
+        status = Path(f"/proc/{rank.pid}/status").read_text().splitlines()
+        pending = next(int(line.split()[1], 16) for line in status if line.startswith("ShdPnd"))
+        return rank.status() != psutil.STATUS_STOPPED or bool(pending & 1 << signal.SIGUSR1 - 1)
+    except (FileNotFoundError, psutil.NoSuchProcess):
+        return True
 
 
 def newest_step(run_dir: Path) -> int:
