@@ -25,5 +25,21 @@ def build_optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+        optimizer.register_step_pre_hook(_forget_powers)
         return optimizer
     return torch.optim.AdamW(groups, fused=device_type == "cuda", **common)
+
+
+def _forget_powers(optimizer: Any, *_: object) -> None:
+    """Make the bias correction of the coming update a function of its step, whatever was computed before.
+
+    DeepSpeedCPUAdam keeps beta^t by one fp32 product a step while it runs, and takes ``std::pow`` after a resume
+    (``Adam_Optimizer::IncrementStep`` of DeepSpeed 0.19.8): the second update after a resume differed by some 1e-9. An
+    update of nothing at step 0 makes it take ``std::pow`` always.
+    """
+    nothing = torch.zeros(0)
+    group = optimizer.param_groups[0]
+    optimizer.ds_opt_adam.adam_update(
+        *(optimizer.opt_id, 0, group["lr"], *group["betas"], group["eps"], group["weight_decay"], True),
+        *(nothing, nothing, nothing, nothing),
+    )
