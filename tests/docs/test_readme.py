@@ -117,7 +117,8 @@ def test_every_command_of_the_readme_runs(user_folder: Path) -> None:
         done = run_command(command, user_folder, 29600 + number)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         ran += 1
-    assert ran == 7
+    assert ran == 8
+    assert "--nodes=4" in (user_folder / "run.sbatch").read_text()
     records = [json.loads(line) for line in (user_folder / "runs/medical/metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "step"]
     assert {record["stage"] for record in steps} == {0, 1}
