@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from dsft.errors import DataError, DsftError, SaveError
+from dsft.errors import DataError, DsftError, SaveError, StoppedEarly
 from dsft.fsio import write_json
 
 _OLD_NOTE_SECONDS = 120.0
@@ -33,16 +33,19 @@ class FailureNotes:
         """Tell the others. On a full disk nobody can be told; then the error itself must do."""
         message = str(error) if isinstance(error, DsftError) else f"{type(error).__name__}: {error}"
         note = {"worker": self._worker, "host": socket.gethostname(), "message": message}
+        note["stopped"] = isinstance(error, StoppedEarly)
         with suppress(SaveError):
             for folder in self._folders:
                 write_json(_note_path(folder, self._worker), note)
 
     def check(self) -> None:
-        """Raise DataError where another worker has failed."""
+        """Raise DataError where another worker has failed, StoppedEarly where it was asked to stop."""
         old_counts = time.monotonic() - self._began > _OLD_NOTE_SECONDS
         for path, written in self._present().items():
             if old_counts or self._old.get(path) != written:
                 note = json.loads(path.read_bytes())
+                if note.get("stopped"):
+                    raise StoppedEarly(note["message"])
                 raise DataError(
                     f"worker {note['worker']} on {note['host']} could not prepare its part: {note['message']}"
                 )

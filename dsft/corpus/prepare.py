@@ -77,11 +77,12 @@ def prepare_sources(
         store_dir: where the stores are; all workers must see the same folder.
         worker, num_workers: this worker's number and how many work (1 waits for nobody).
         bad_records: what an unusable record means.
-        progress: called up to five times a second; must be quick.
+        progress: called up to five times a second; must be quick. What it raises ends the preparation on all workers.
 
     Raises:
         DataError: bad data (names file and line), an empty source, or another worker's failure.
         SaveError: the store cannot be written.
+        StoppedEarly: ``progress`` of another worker raised it.
     """
     jobs = [_job(section, tokenizer, store_dir, bad_records) for section in sources]
     reporter = Reporter(progress, worker, sum(job.owned_bytes(worker, num_workers) for job in jobs))
@@ -92,7 +93,7 @@ def prepare_sources(
         for job in jobs:
             reporter.begin_source(job.name)
             if _fresh_manifest(job) is None:
-                _prepare_own(job, worker, num_workers, reporter)
+                _prepare_own(job, worker, num_workers, reporter, notes)
             else:
                 reporter.skip(job.owned_bytes(worker, num_workers))
         for job in jobs:
@@ -173,14 +174,15 @@ def _make_folder(folder: Path) -> None:
             continue  # its owner has just published or removed it
 
 
-def _prepare_own(job: _Job, worker: int, num_workers: int, reporter: Reporter) -> None:
-    """Tokenise this worker's shards that are not published yet."""
+def _prepare_own(job: _Job, worker: int, num_workers: int, reporter: Reporter, notes: FailureNotes) -> None:
+    """Tokenise this worker's shards that are not published yet, as long as no other worker has failed."""
     if job.task.max_documents is not None and worker != job.owner(0, num_workers):
         return
     for number, raw, limit in _limited(job):
         if job.owner(number, num_workers) != worker:
             continue
         if _published(job, number, raw, limit) is None:
+            notes.check()
             task = replace(job.task, max_documents=limit)
             prepare_shard(
                 job.folder,
@@ -289,6 +291,7 @@ class _Waiting:
 
     def pause(self, what: str) -> None:
         self._notes.check()
+        self._reporter.tick()
         now = time.monotonic()
         if now - self._said >= _WAIT_LINE_SECONDS:
             self._said = now

@@ -104,6 +104,10 @@ class Reporter:
     def at(self, shard: ShardProgress) -> None:
         """The current shard's state."""
         self._shard = shard
+        self.tick()
+
+    def tick(self) -> None:
+        """Report where nothing new happens, too."""
         if time.monotonic() - self._reported >= _REPORT_SECONDS:
             self._report("")
 

@@ -49,7 +49,7 @@ class Watch:
         self._limit = None if max_seconds is None else time.monotonic() + max_seconds
         self._folder: RunFolder | None = None
         self._heartbeat: Heartbeat | None = None
-        self._deadline_said = False
+        self._deadline_said = self._request_said = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -84,6 +84,7 @@ class Watch:
     def _run(self) -> None:
         while not self._ended.wait(_INTERVAL_SECONDS):
             self._look()
+            self._say_request()
             if self._heartbeat is not None:
                 self._heartbeat.beat(self._progress)
             self._keep_the_deadline()
@@ -100,6 +101,14 @@ class Watch:
             self._look_for_file(self._folder.path / STOP_FILE_NAME)
             if self._limit is not None and time.monotonic() > self._limit - self._stop_seconds():
                 self._stop.request("--max-seconds")
+
+    def _say_request(self) -> None:
+        """A person who presses Ctrl-C and sees nothing presses it again, and the second one saves nothing."""
+        if self._stop.requested is not None and not self._request_said:
+            self._request_said = True
+            logger.info(
+                "stop requested (%s): ending as soon as all ranks know, with everything saved", self._stop.requested
+            )
 
     def _look_for_file(self, path: Path) -> None:
         try:

@@ -20,13 +20,14 @@ from dsft.config.evaluation import EvaluationSetSection
 from dsft.config.models import FillInTheMiddleSection, RunConfig, SourceSection
 from dsft.corpus.chat import ChatMarker
 from dsft.corpus.prepare import prepare_sources
-from dsft.corpus.progress import ProgressLines
+from dsft.corpus.progress import PrepareProgress, ProgressLines
 from dsft.corpus.tokenizer import Tokenizer, load_tokenizer
 from dsft.dist import DeviceType, Groups, without_prints
-from dsft.errors import ModelError
+from dsft.errors import ModelError, StoppedEarly
 from dsft.export.hugging_face import MODEL_FOLDER
 from dsft.export.resolve import checkpoint_of, is_dsft_folder, weights_folder
 from dsft.fsio import save_error
+from dsft.launch.stop import StopFlag
 from dsft.model.flops import ModelCost
 from dsft.model.load import check_loadable, load_model
 from dsft.model.packed import PackedCausalLM
@@ -158,8 +159,22 @@ def store_folder(config: RunConfig) -> Path:
     return Path(config.data.store_dir) if config.data.store_dir else Path(config.run.dir).parent / "store"
 
 
-def open_data(config: RunConfig, tokenizer: Tokenizer, *, worker: int, num_workers: int) -> Data:
-    """Prepare what is not prepared (each worker its own shards) and open the stores."""
+def open_data(config: RunConfig, tokenizer: Tokenizer, stop: StopFlag, *, worker: int, num_workers: int) -> Data:
+    """Prepare what is not prepared (each worker its own shards) and open the stores.
+
+    Raises:
+        StoppedEarly: a stop was requested meanwhile, of this worker or another.
+    """
+    say = ProgressLines(logger.info)
+
+    def report(progress: PrepareProgress) -> None:
+        say(progress)
+        if stop.requested is not None:
+            raise StoppedEarly(
+                f"stopped on request ({stop.requested}) while the data was prepared. Nothing was trained; what is "
+                "prepared stays, and the next start goes on there."
+            )
+
     sections: list[SourceSection | EvaluationSetSection] = [*config.data.sources, *config.evaluate.sets]
     folders = prepare_sources(
         sections,
@@ -168,7 +183,7 @@ def open_data(config: RunConfig, tokenizer: Tokenizer, *, worker: int, num_worke
         worker,
         num_workers,
         config.data.bad_records,
-        ProgressLines(logger.info),
+        report,
     )
     stores = [SourceStore(folder) for folder in folders]
     num_sources = len(config.data.sources)

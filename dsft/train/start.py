@@ -18,7 +18,7 @@ from dsft.config.deepspeed import build_deepspeed_config
 from dsft.config.load import config_differences, config_to_json
 from dsft.config.models import RunConfig
 from dsft.constants import EXIT_OK, EXIT_RUN_FAILED, EXIT_STOPPED_EARLY
-from dsft.errors import ConfigError, DsftError, SaveError
+from dsft.errors import ConfigError, DsftError, SaveError, StoppedEarly
 from dsft.evaluate.generation import check_section
 from dsft.evaluate.overfit import OverfitWatch
 from dsft.evaluate.run import HeldOutSet
@@ -178,7 +178,7 @@ def _set_up(config: RunConfig, options: Options, rank: Rank) -> tuple[Run, Train
     """Build the run; None after a dry run, which ends here."""
     with rank.groups.together():
         config = pin_revision(config, rank.folder.path / "config.json")
-    data, weights = _agreed_data(config, rank.groups)
+    data, weights = _agreed_data(config, rank.groups, rank.stop)
     rank.phases.done("prepare_seconds")
     engine, hf_config = setup.build_engine(config, data, rank.groups, weights, rank.deepspeed_config, rank.device_type)
     cost = model_cost(hf_config)
@@ -242,7 +242,8 @@ def _write_failure(folder: RunFolder, step: int | None, error: BaseException) ->
         return
     exit_code = error.exit_code if isinstance(error, DsftError) else EXIT_RUN_FAILED
     try:
-        folder.write_state("failed", step, exit_code=exit_code, error=str(error) or type(error).__name__)
+        status: RunStatus = "stopped" if isinstance(error, StoppedEarly) else "failed"
+        folder.write_state(status, step, exit_code=exit_code, error=str(error) or type(error).__name__)
     except SaveError as second:
         logger.error("%s", second)
 
@@ -262,12 +263,12 @@ def with_revision(config: RunConfig, revision: str | None) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"revision": revision})})
 
 
-def _agreed_data(config: RunConfig, groups: dist.Groups) -> tuple[setup.Data, str | None]:
+def _agreed_data(config: RunConfig, groups: dist.Groups, stop: StopFlag) -> tuple[setup.Data, str | None]:
     """Tokenizer and stores; an error on one rank (a bad record in its shard) ends all of them with its message."""
     with groups.together():
         weights = setup.model_folder(config)
         tokenizer = setup.open_tokenizer(config)
-        data = setup.open_data(config, tokenizer, worker=groups.rank, num_workers=groups.size)
+        data = setup.open_data(config, tokenizer, stop, worker=groups.rank, num_workers=groups.size)
     check_same_stores(groups, (*data.stores, *data.held_out))
     return data, weights
 
