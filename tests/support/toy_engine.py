@@ -38,7 +38,7 @@ class Toy(torch.nn.Module):
         self.frozen.requires_grad_(False)
         self.head = torch.nn.Linear(hidden, 37, bias=False)
         self.head.weight = self.embedding.weight
-        self.register_buffer("scale", torch.tensor([0.5]))
+        self.register_buffer("scale", torch.tensor([0.5]).float())  # zero.Init makes new tensors in the run's type
         self.register_buffer("count", torch.tensor(3))
         self.register_buffer("derived", torch.ones(2), persistent=False)
 
