@@ -122,6 +122,13 @@ def test_best_fit_decreasing(data: st.DataObject, pack_tokens: int) -> None:
     assert_same(planning.best_fit_decreasing(lengths, pack_tokens), (expected.pieces, expected.offsets))
 
 
+@pytest.mark.parametrize(("lengths", "pack_tokens"), [([4, 4], 7), ([4, 4], 8), ([1, 1], 1), ([3, 3, 2, 2, 2], 6)])
+def test_equal_pieces_fill_a_pack_and_no_more(lengths: list[int], pack_tokens: int) -> None:
+    column = np.array(lengths, dtype=np.int32)
+    expected = best_fit_decreasing_reference(column, pack_tokens)
+    assert_same(planning.best_fit_decreasing(column, pack_tokens), (expected.pieces, expected.offsets))
+
+
 @pytest.mark.parametrize("pack_tokens", [2048, 8192, 65_536])
 def test_best_fit_decreasing_of_a_whole_window(pack_tokens: int) -> None:
     rng = np.random.default_rng(pack_tokens)
