@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -38,14 +38,17 @@ class BuildWithLibraries(build_py):
 class PlatformWheel(bdist_wheel):
     """A wheel for this platform and every Python 3: its libraries know nothing of Python."""
 
-    def finalize_options(self) -> None:
-        """It is not pure."""
-        super().finalize_options()
-        self.root_is_pure = False
-
     def get_tag(self) -> tuple[str, str, str]:
         """``py3-none-<platform>``."""
         return ("py3", "none", super().get_tag()[2])
 
 
-setup(cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel})
+class PlatformDistribution(Distribution):
+    """Says that there are compiled files, so that all lies at the wheel's root and its tag names the platform."""
+
+    def has_ext_modules(self) -> bool:
+        """They are made by ``BuildWithLibraries``."""
+        return True
+
+
+setup(distclass=PlatformDistribution, cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel})
