@@ -210,7 +210,8 @@ def _train(run: Run, state: TrainState, folder: RunFolder) -> int:
     with run.groups.together():
         run.profiler.close()
         status: RunStatus = "stopped" if is_stopped else "finished"
-        folder.write_state(status, state.step, exit_code=exit_code, outcome=outcome, reason=run.stop.requested)
+        reason = (run.stop.requested or "another rank was asked to stop") if is_stopped else None
+        folder.write_state(status, state.step, exit_code=exit_code, outcome=outcome, reason=reason)
     logger.info(_LAST_WORDS[outcome], state.step)
     run.groups.close()
     return exit_code

@@ -128,7 +128,8 @@ def test_a_bare_deepspeed_that_is_ended_leaves_no_rank_and_a_whole_state(folder:
         assert alive == [], log.read_text()[-4000:]
     last = state(run_dir)
     assert (last["status"], last["exit_code"], last["checkpoint_step"]) == ("stopped", 75, last["step"])
-    assert last["reason"].startswith("its launcher is gone: deepspeed (process ")
+    # Each rank looks once a second, and the first one that sees it stops all.
+    assert last["reason"].startswith(("its launcher is gone: deepspeed (process ", "another rank was asked to stop"))
 
 
 @pytest.mark.launch
