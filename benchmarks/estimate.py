@@ -62,10 +62,11 @@ import dsft.train.start
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from transformers import LlamaForCausalLM
 from dsft.config.load import load_config
+from dsft.launch.ancestors import Launcher
 config = load_config("run.yaml")
 held_bytes = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 open("held", "w").write(str(held_bytes))
-dsft.train.start.start(config, dsft.train.start.Options(), local_rank_argument=None)
+dsft.train.start.start(config, dsft.train.start.Options(), launcher=Launcher.find(), local_rank_argument=None)
 """
 
 
