@@ -19,7 +19,7 @@ from dsft.config.evaluation import EvaluationSetSection
 from dsft.config.models import SourceSection
 from dsft.corpus.prepare import prepare_sources, source_folder
 from dsft.corpus.preview import preview_source
-from dsft.corpus.progress import PrepareProgress, ProgressLines
+from dsft.corpus.progress import PrepareProgress
 from dsft.corpus.statistics import source_statistics
 from dsft.corpus.tokenizer import Tokenizer, load_tokenizer
 from dsft.corpus.workers import prepare_with_workers
@@ -388,14 +388,3 @@ def test_preview_shows_what_is_learned_and_what_is_left_out(tmp_path: Path, chat
     assert "not a list of messages" in third.left_out
     assert third.location == f"{path}:3"
     assert not (tmp_path / "store").exists()
-
-
-def test_progress_lines() -> None:
-    lines: list[str] = []
-    show = ProgressLines(lines.append, every_seconds=0.0)
-    show(PrepareProgress(0, "docs", 10, 1000, 4000, 500, 0, 1000))
-    show(PrepareProgress(1, "docs", 5, 500, 2000, 500, 0, 1000, line="careful"))
-    assert lines[0].startswith("prepare: docs: 50 %, 10 documents, 1,000 tokens")
-    assert lines[1] == "prepare: careful"
-    assert "50 %, 15 documents, 1,500 tokens" in lines[2]
-    assert show.done_bytes == (1000, 2000)
