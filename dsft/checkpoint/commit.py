@@ -160,7 +160,7 @@ def publish(staging: Path, final: Path, manifest: Manifest, state: dict[str, Any
     rank_0 = list(manifest.files[0])
     for path in sorted(staging.rglob("*")):
         name = path.relative_to(staging).as_posix()
-        if path.is_file() and name not in claimed:  # the state, and small files that DeepSpeed adds by itself
+        if path.is_file() and name not in claimed:  # the state, and the model's config and tokenizer
             fsync_file(path)
             rank_0.append(WrittenFile(name, *hash_file(path)))
     whole = Manifest(manifest.step, manifest.attempt, manifest.world_size, (tuple(rank_0), *manifest.files[1:]))

@@ -40,7 +40,9 @@ def newest_usable(folder: Path, groups: Groups, use: Callable[[Path], Result]) -
     Raises:
         CheckpointError: there is no whole checkpoint, on every rank alike.
     """
-    names: list[str] = groups.broadcast_object([path.name for path in checkpoints(folder)])
+    with groups.together():
+        found = [path.name for path in checkpoints(folder)] if groups.rank == 0 else []
+    names: list[str] = groups.broadcast_object(found)
     for name in names:
         try:
             return use(folder / name)

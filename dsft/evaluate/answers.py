@@ -174,8 +174,13 @@ def choose_questions(store: SourceStore, num_prompts: int) -> list[Question]:
             f"held-out set {store.name!r} has nothing to answer: no document has a supervised span after a prompt. "
             "Generation needs an instruction format (messages or prompt_completion)."
         )
-    num_chosen = min(num_prompts, len(candidates))
-    return [_question(store, *candidates[i * len(candidates) // num_chosen]) for i in range(num_chosen)]
+    return [_question(store, *candidate) for candidate in spread(candidates, num_prompts)]
+
+
+def spread(candidates: Sequence[tuple[int, int]], num_wanted: int) -> list[tuple[int, int]]:
+    """At most ``num_wanted`` of the candidates, evenly from first to last."""
+    num_chosen = min(num_wanted, len(candidates))
+    return [candidates[i * len(candidates) // num_chosen] for i in range(num_chosen)]
 
 
 def check_references(questions: Sequence[Question], tokenizer: Tokenizer, set_name: str) -> None:

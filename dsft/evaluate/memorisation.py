@@ -14,7 +14,7 @@ import numpy as np
 
 from dsft.config.evaluation import EvaluationSetSection
 from dsft.errors import DataError
-from dsft.evaluate.answers import ask
+from dsft.evaluate.answers import ask, spread
 from dsft.evaluate.bootstrap import interval
 from dsft.store.reader import SourceStore
 
@@ -86,10 +86,8 @@ def choose_beginnings(store: SourceStore, num_documents: int, num_tokens: int) -
             f"held-out set {store.name!r}: no document has {num_tokens} tokens, so memorisation cannot be probed; "
             "lower prefix_tokens or continue_tokens."
         )
-    num_chosen = min(num_documents, len(candidates))
     beginnings = []
-    for i in range(num_chosen):
-        shard, document = candidates[i * len(candidates) // num_chosen]
+    for shard, document in spread(candidates, num_documents):
         first = int(store.index(shard).token_offsets[document])
         beginnings.append(tuple(store.tokens(shard)[first : first + num_tokens].tolist()))
     return beginnings

@@ -18,6 +18,7 @@ from types import TracebackType
 
 from dsft.constants import EXIT_STOPPED_EARLY
 from dsft.errors import SaveError
+from dsft.fsio import write_bytes
 from dsft.launch.ancestors import Launcher
 from dsft.launch.heartbeat import Heartbeat
 from dsft.launch.owner import RunFolder
@@ -183,5 +184,5 @@ def standing(committed_step: int | None) -> str:
 def ask_to_stop(run_dir: Path, seconds: float | None) -> None:
     """Put the stop file into a run folder, unless it is there: the run saves and ends, within ``seconds`` if given."""
     path = run_dir / STOP_FILE_NAME
-    if not path.exists():
-        path.write_text("" if seconds is None else f"{seconds:.1f}\n")
+    if not path.exists():  # whole or not at all: a reader must not take half a number for it
+        write_bytes(path, b"" if seconds is None else f"{seconds:.1f}\n".encode())

@@ -69,7 +69,7 @@ def evaluate_model(config: RunConfig, model: str, out: Path, *, local_rank_argum
     device_type = setup.choose_device_type(os.environ)
     deepspeed_config = _without_optimizer(build_deepspeed_config(config, world.size, device_type))
     prepare_deepspeed_ops(needed_ops(device_type, cpu_adam=False), device_type)
-    choose_kernels(config.kernels)
+    choose_kernels(config.kernels, device_type)
     groups = dist.init(world, device_type)
     check_same_configuration(groups, {"config": config_to_json(config), "out": str(out.absolute())})
     sets, tokenizer, folder = _held_out_sets(config, groups)

@@ -24,7 +24,8 @@ MODEL_KEYS = ("model.path", "model.revision", "model.config", "model.dtype", "tr
 
 def _refuse_to_mix(checkpoints: Path, groups: Groups) -> None:
     """A fresh start in a folder that has checkpoints would mix two runs. Collective."""
-    existing = newest(checkpoints) if groups.rank == 0 else None
+    with groups.together():
+        existing = newest(checkpoints) if groups.rank == 0 else None
     name = groups.broadcast_object(None if existing is None else existing.name)
     if name is not None:
         raise ConfigError(

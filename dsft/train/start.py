@@ -343,7 +343,10 @@ def _with_any(resume: str | None, checkpoints: Path, groups: dist.Groups) -> str
     """``if-any`` is ``auto`` where the run has a checkpoint, whole or not, and a fresh start where it has none."""
     if resume != "if-any":
         return resume
-    has_any = checkpoints.is_dir() and any(step_of(path) is not None for path in checkpoints.iterdir())
+    has_any = False
+    with groups.together():
+        if groups.rank == 0:
+            has_any = checkpoints.is_dir() and any(step_of(path) is not None for path in checkpoints.iterdir())
     answer: str | None = groups.broadcast_object("auto" if has_any else None)
     return answer
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -18,6 +20,10 @@ class Alone:
     def agree(self, error: Exception | None) -> None:
         if error is not None:
             raise error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        yield
 
     def barrier(self) -> None:
         pass
