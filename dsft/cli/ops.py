@@ -93,12 +93,16 @@ def check(device: str, kernels: str) -> int:
 @click.option("--seconds", type=float, default=60.0, show_default=True, help="Sizes begun within this time are timed.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object and nothing else.")
 def bench(device: str, seconds: float, as_json: bool) -> None:
-    """Time the loss beside torch's and the peers that are installed."""
-    from dsft.ops import backend
+    """Time the loss beside torch's and its peers (pip install 'dsft[bench]'); name those that are not installed."""
+    from dsft.ops import backend, peers
     from dsft.ops.bench import errors, measure, to_json
 
     where = _device(device)
     backend.choose("native", where.type)
+    sides = {side.name: side.about for side in peers.sides(where.type)}
+    if not as_json:
+        for name, about in sides.items():
+            click.echo(f"{name}: {about}")
     found = []
     for figure in measure(where, seconds):
         found.append(to_json(figure))
@@ -106,7 +110,7 @@ def bench(device: str, seconds: float, as_json: bool) -> None:
             click.echo(_line(figure))
     gradients = errors(where)
     if as_json:
-        click.echo(json.dumps({"device": _name(where), "figures": found, "errors": gradients}))
+        click.echo(json.dumps({"device": _name(where), "sides": sides, "figures": found, "errors": gradients}))
         return
     for record in gradients:
         shown = record.get("problem") or f"dX {record['dX']:.2e}  dW {record['dW']:.2e}"

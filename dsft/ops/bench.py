@@ -7,7 +7,6 @@ not.
 
 from __future__ import annotations
 
-import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,17 +15,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from dsft.ops.linear_cross_entropy import masked_linear_cross_entropy
+from dsft.ops import peers
+from dsft.ops.peers import IGNORED, Loss
 
-IGNORED = -100
 REPETITIONS = 5
 ERROR_TOKENS, ERROR_VOCAB = 1024, 32_768
 """Errors are measured once a side and distribution, on CUDA at this size."""
-
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(hidden [N, H], weight [V, H], targets int64[N] with -100 where masked) -> mean loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,52 +54,25 @@ class Figure:
 
 
 def sizes(device_type: str) -> list[Size]:
-    """The table: on CUDA a model of hidden size 4,096, the most telling cells first; on the CPU what takes seconds."""
+    """The table: on CUDA a model of hidden size 4,096; on the CPU what takes seconds."""
     if device_type == "cpu":
-        return [Size(512, 256, vocab, masked, "flat") for vocab in (8_192, 32_000) for masked in (0.0, 0.5, 0.9)]
-    cells = [
-        Size(tokens, 4096, vocab, masked, "trained")
-        for tokens in (8192, 16_384, 65_536)
-        for vocab in (32_768, 131_072, 262_144)
-        for masked in (0.0, 0.5, 0.9)
+        return [
+            Size(512, 256, vocab, masked, logits)
+            for vocab in (8_192, 32_000)
+            for masked in (0.0, 0.5, 0.9)
+            for logits in ("trained", "flat")
+        ]
+    # Odd vocabulary first, then the whole grid, from its cheapest cells on: the budget may not reach the last ones.
+    return [
+        Size(8192, 4096, 50_257, 0.0, "flat"),
+        *(
+            Size(tokens, 4096, vocab, masked, logits)
+            for tokens in (8192, 16_384, 65_536)
+            for vocab in (131_072, 32_768, 262_144)
+            for masked in (0.0, 0.9, 0.5)
+            for logits in ("trained", "flat")
+        ),
     ]
-    flat = [Size(8192, 4096, vocab, masked, "flat") for vocab in (131_072, 50_257) for masked in (0.0, 0.9)]
-    return flat + cells
-
-
-def sides() -> dict[str, Loss]:
-    """dsft's loss, torch's, and those of the peers that are installed."""
-    found: dict[str, Loss] = {"dsft": _dsft, "torch eager": _torch_eager}
-    options = getattr(torch.nn, "LinearCrossEntropyOptions", None) or getattr(F, "LinearCrossEntropyOptions", None)
-    if hasattr(F, "linear_cross_entropy"):
-        keywords = {} if options is None else {"options": options()}
-        found["torch linear_cross_entropy"] = lambda hidden, weight, targets: F.linear_cross_entropy(
-            hidden, weight, targets, **keywords
-        )
-    liger = _installed("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
-    if liger is not None:
-        found["Liger"] = lambda hidden, weight, targets: liger()(weight, hidden, targets)
-    cce = _installed("cut_cross_entropy", "linear_cross_entropy")
-    if cce is not None:
-        found.update({f"Apple {name}": partial(cce, impl=name) for name in ("cce", "cce_exact")})
-    return found
-
-
-def _installed(module: str, attribute: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), attribute, None)
-    except ImportError:
-        return None
-
-
-def _dsft(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    rows = torch.nonzero(targets != IGNORED)[:, 0]  # in training the loader knows them
-    row_weight = torch.full(rows.shape, 1.0 / max(1, len(rows)), device=hidden.device)
-    return masked_linear_cross_entropy(hidden, weight, None, rows, targets[rows], row_weight).loss
-
-
-def _torch_eager(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(F.linear(hidden, weight), targets)
 
 
 def inputs(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -136,7 +104,7 @@ def _figures(size: Size, hidden: torch.Tensor, weight: torch.Tensor, targets: to
     found: dict[str, Figure] = {}
     peaks: dict[str, int | None] = {}
     calls: dict[str, Callable[[], object]] = {}
-    for name, loss in sides().items():
+    for name, loss in _usable(hidden.device.type).items():
         call = partial(_gradients, loss, hidden, weight, targets)
         try:
             peaks[name] = _peak_bytes(call, hidden.is_cuda)
@@ -154,7 +122,11 @@ def _figures(size: Size, hidden: torch.Tensor, weight: torch.Tensor, targets: to
     for name, seconds in times.items():
         middle = statistics.median(seconds)
         found[name] = Figure(name, size, 1e3 * middle, peaks[name], useful / middle)
-    return [found[name] for name in sides()]
+    return [found[name] for name in _usable(hidden.device.type)]
+
+
+def _usable(device_type: str) -> dict[str, Loss]:
+    return {side.name: side.loss for side in peers.sides(device_type) if side.loss is not None}
 
 
 def _gradients(
@@ -199,8 +171,8 @@ def errors(device: torch.device) -> list[dict[str, Any]]:
         hidden, weight, targets = inputs(Size(tokens, 512, vocab, 0.5, logits), device, dtype)
         leaves = (hidden, weight)
         wide = [leaf.detach().to(exact).requires_grad_() for leaf in leaves]
-        oracle = torch.autograd.grad(_torch_eager(wide[0], wide[1], targets), wide)
-        for name, loss in sides().items():
+        oracle = torch.autograd.grad(peers.torch_eager(wide[0], wide[1], targets), wide)
+        for name, loss in _usable(hidden.device.type).items():
             record: dict[str, Any] = {"side": name, "logits": logits}
             try:
                 gradients = _gradients(loss, hidden, weight, targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from dsft.cli import main
 from dsft.cli.ops import command
-from dsft.ops import backend, bench, check
+from dsft.ops import backend, bench, check, peers
 from dsft.ops.bench import Size
 
 
@@ -67,8 +68,9 @@ def test_bench_is_one_object_with_each_side(monkeypatch: pytest.MonkeyPatch) -> 
     def broken(*_: torch.Tensor) -> torch.Tensor:
         raise ValueError("nothing works here")
 
-    sides = bench.sides()
-    monkeypatch.setattr(bench, "sides", lambda: {**sides, "broken": broken})
+    monkeypatch.setattr(peers, "_trl", lambda: peers.Side("TRL chunked", None, "absent: its import takes ten seconds"))
+    sides = [*peers.sides("cpu"), peers.Side("broken", broken, "1.0")]
+    monkeypatch.setattr(peers, "sides", lambda _: sides)
     monkeypatch.setattr(bench, "sizes", lambda _: [Size(64, 16, 50, masked, "trained") for masked in (0.0, 0.9)])
     found = json.loads(invoke("bench", "--device", "cpu", "--json").output)
     assert {"dsft", "torch eager", "broken"} <= {figure["side"] for figure in found["figures"]}
@@ -81,8 +83,44 @@ def test_bench_is_one_object_with_each_side(monkeypatch: pytest.MonkeyPatch) -> 
     ours = [record for record in found["errors"] if record["side"] == "dsft"]
     assert len(ours) == 2
     assert all(record[what] < 1e-5 for record in ours for what in ("dX", "dW"))
+    usable = {side.name for side in sides if side.loss is not None}
+    assert {figure["side"] for figure in found["figures"]} == usable
+    for side in sides:
+        assert found["sides"][side.name] == side.about
+        assert side.name in usable or side.about.startswith("absent: ")
     late = json.loads(invoke("bench", "--device", "cpu", "--json", "--seconds", "-1").output)
     assert all("not measured" in figure["problem"] for figure in late["figures"])
+
+
+def test_the_grid_on_cuda_is_whole() -> None:
+    grid = itertools.product((8192, 16_384, 65_536), (32_768, 131_072, 262_144), (0.0, 0.5, 0.9), ("flat", "trained"))
+    cells = {(size.tokens, size.vocab, size.masked, size.logits) for size in bench.sizes("cuda")}
+    assert cells >= set(grid)
+
+
+def test_peers_that_cannot_run_here_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {side.name: side for side in peers.sides("cpu")}
+    assert len(named) == 8
+    for name in ("Liger", "Liger, large chunks", "Apple CCE", "Apple CCE, no filter"):
+        assert named[name].loss is None
+        assert named[name].about.startswith("absent: ")
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    assert (
+        "no LinearCrossEntropyOptions"
+        in {side.name: side for side in peers.sides("cpu")}["torch linear_cross_entropy"].about
+    )
+
+
+@pytest.mark.slow  # TRL imports transformers' trainer
+def test_trls_loss_is_the_mean_over_supervised_tokens() -> None:
+    pytest.importorskip("trl")
+    loss = {side.name: side.loss for side in peers.sides("cpu")}["TRL chunked"]
+    assert loss is not None
+    hidden, weight, targets = bench.inputs(Size(64, 16, 50, 0.5, "trained"), torch.device("cpu"), torch.float32)
+    ours = torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
+    plain = torch.autograd.grad(peers.torch_eager(hidden, weight, targets), (hidden, weight))
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
