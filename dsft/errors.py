@@ -27,6 +27,10 @@ class DataError(DsftError):
     exit_code = EXIT_USAGE
 
 
+class DamagedFileError(DataError):
+    """A raw file that is cut short or damaged, as it was read; one read over the network may be whole at its source."""
+
+
 class ModelError(DsftError):
     """A model that cannot be loaded, or that cannot keep one of dsft's promises (isolation, exact loss)."""
 

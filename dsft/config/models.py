@@ -97,8 +97,8 @@ class SourceSection(Section):
 
     name: Name
     path: DataPath
-    """File, folder, glob, or a list of them: .jsonl .jsonl.gz .jsonl.zst .parquet .txt .arrow, or a folder that
-    ``datasets.save_to_disk`` wrote."""
+    """File, folder, glob, URL (s3://, gs://, hf://, https://), or a list of them: .jsonl .jsonl.gz .jsonl.zst .parquet
+    .txt .arrow, or a folder that ``datasets.save_to_disk`` wrote."""
     format: RecordFormat = "text"
     objective: Literal["next_token"] | FillInTheMiddleSection = "next_token"
     """next_token, or ``{kind: fim, rate: 0.5}``: fill-in-the-middle."""

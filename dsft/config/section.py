@@ -6,12 +6,24 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from dsft.config.remote_path import check_data_path
+
 _Item = TypeVar("_Item")
 Items = Annotated[tuple[_Item, ...], Field(strict=False)]
 """A YAML list. Not strict about list against tuple; the items stay strict."""
-DataPath = (
-    Annotated[str, Field(min_length=1)] | Annotated[Items[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-)
+
+
+def _check_paths(paths: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    for path in (paths,) if isinstance(paths, str) else paths:
+        check_data_path(path)
+    return paths
+
+
+DataPath = Annotated[
+    Annotated[str, Field(min_length=1)] | Annotated[Items[Annotated[str, Field(min_length=1)]], Field(min_length=1)],
+    AfterValidator(_check_paths),  # of the whole: a failed member of a union would show what it was given
+]
+"""A path, glob or URL, or a list of them."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]

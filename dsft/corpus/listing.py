@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsft.config.remote_path import is_remote
+from dsft.corpus.raw_file import RawFile
+from dsft.corpus.remote import list_remote
 from dsft.errors import DataError
 from dsft.store.manifest import fingerprint
 
@@ -28,21 +31,13 @@ class RawShard:
         name: path of its first file, relative to what the configuration names.
         files: in order.
         num_bytes: size of all files.
-        identity: hash of the files' names, sizes and modification times.
+        identity: hash of the files' names, sizes and versions (time of change, or ETag).
     """
 
     name: str
-    files: tuple[Path, ...]
+    files: tuple[RawFile, ...]
     num_bytes: int
     identity: str
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    name: str
-    path: Path
-    num_bytes: int
-    mtime_ns: int
 
 
 def list_shards(source_name: str, path: str | Sequence[str]) -> list[RawShard]:
@@ -50,13 +45,13 @@ def list_shards(source_name: str, path: str | Sequence[str]) -> list[RawShard]:
 
     Args:
         source_name: for messages.
-        path: file, folder (searched to any depth), glob, or a list of them.
+        path: file, folder (searched to any depth), glob, URL of one of these, or a list of them.
 
     Raises:
         DataError: something named does not exist, holds no readable kind of file, is empty, or is named twice.
     """
     entries = [path] if isinstance(path, str) else list(path)
-    files: dict[str, _File] = {}
+    files: dict[str, RawFile] = {}
     for entry in entries:
         found = list(_expand(source_name, entry))
         if not found:
@@ -65,7 +60,7 @@ def list_shards(source_name: str, path: str | Sequence[str]) -> list[RawShard]:
                 f"so there is nothing to read; check the path."
             )
         for file in found:
-            if (key := os.path.abspath(file.path)) in files:
+            if (key := absolute(file.path)) in files:
                 raise DataError(f"data source {source_name!r}: {file.path} is named twice, by {', '.join(entries)}.")
             files[key] = file
     if not any(file.num_bytes for file in files.values()):
@@ -78,9 +73,16 @@ def listing_fingerprint(shards: Sequence[RawShard]) -> str:
     return fingerprint([shard.identity for shard in shards])
 
 
-def _expand(source_name: str, entry: str) -> Iterator[_File]:
+def absolute(path: str) -> str:
+    """A path that does not depend on the working folder; a URL as it is."""
+    return path if is_remote(path) else os.path.abspath(path)
+
+
+def _expand(source_name: str, entry: str) -> Iterator[RawFile]:
     path = Path(entry)
-    if path.is_dir():
+    if is_remote(entry):
+        yield from _remote(entry)
+    elif path.is_dir():
         yield from _folder(source_name, path)
     elif path.is_file():
         if not entry.endswith(SUFFIXES):
@@ -101,7 +103,14 @@ def _expand(source_name: str, entry: str) -> Iterator[_File]:
         raise DataError(f"data source {source_name!r}: there is no file or folder {entry} (in {os.getcwd()}).")
 
 
-def _folder(source_name: str, folder: Path) -> Iterator[_File]:
+def _remote(url: str) -> Iterator[RawFile]:
+    fixed = "/".join(itertools.takewhile(lambda part: not glob.has_magic(part), url.split("/"))).rstrip("/") + "/"
+    for entry in list_remote(url, SUFFIXES):
+        root = fixed if entry.url != url else url.rpartition("/")[0] + "/"
+        yield RawFile(entry.url.removeprefix(root), entry.url, entry.num_bytes, entry.version)
+
+
+def _folder(source_name: str, folder: Path) -> Iterator[RawFile]:
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         raise DataError(
@@ -120,17 +129,17 @@ def _folder(source_name: str, folder: Path) -> Iterator[_File]:
                 yield _file(Path(parent, name), folder)
 
 
-def _file(path: Path, root: Path) -> _File:
+def _file(path: Path, root: Path) -> RawFile:
     try:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     name = os.path.relpath(path, root)
-    return _File(Path(name).as_posix(), path, status.st_size, status.st_mtime_ns)
+    return RawFile(Path(name).as_posix(), str(path), status.st_size, str(status.st_mtime_ns))
 
 
-def _group(files: Sequence[_File]) -> Iterator[RawShard]:
-    group: list[_File] = []
+def _group(files: Sequence[RawFile]) -> Iterator[RawShard]:
+    group: list[RawFile] = []
     for file in files:
         joins = file.name.endswith(".txt") and 0 < len(group) < TEXT_FILES_PER_SHARD and group[0].name.endswith(".txt")
         if group and not joins:
@@ -140,10 +149,10 @@ def _group(files: Sequence[_File]) -> Iterator[RawShard]:
     yield _shard(group)
 
 
-def _shard(files: Sequence[_File]) -> RawShard:
+def _shard(files: Sequence[RawFile]) -> RawShard:
     return RawShard(
         name=files[0].name,
-        files=tuple(file.path for file in files),
+        files=tuple(files),
         num_bytes=sum(file.num_bytes for file in files),
-        identity=fingerprint([[file.name, file.num_bytes, file.mtime_ns] for file in files]),
+        identity=fingerprint([[file.name, file.num_bytes, file.version] for file in files]),
     )

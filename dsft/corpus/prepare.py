@@ -19,12 +19,12 @@ from dsft.config.models import SourceSection
 from dsft.constants import STORE_VERSION
 from dsft.corpus.chat import ChatMarker
 from dsft.corpus.encode import Encoder
-from dsft.corpus.listing import RawShard, list_shards, listing_fingerprint
+from dsft.corpus.listing import RawShard, absolute, list_shards, listing_fingerprint
 from dsft.corpus.notes import FailureNotes
 from dsft.corpus.progress import PrepareProgress, Reporter, no_progress
 from dsft.corpus.shard import ShardTask, prepare_shard
 from dsft.corpus.tokenizer import Tokenizer
-from dsft.errors import DataError
+from dsft.errors import DamagedFileError, DataError
 from dsft.fsio import save_error
 from dsft.store.collect import collect_manifest
 from dsft.store.layout import index_path, token_dtype, tokens_path
@@ -109,7 +109,7 @@ def prepare_sources(
 def source_folder(section: Section, tokenizer: Tokenizer, store_dir: Path) -> Path:
     """The folder of a source's token store: its name, and a hash of all that decides its ids and of where it lies."""
     entries = [section.path] if isinstance(section.path, str) else section.path
-    content = {"recipe": _recipe(section, tokenizer), "path": [os.path.abspath(entry) for entry in entries]}
+    content = {"recipe": _recipe(section, tokenizer), "path": [absolute(entry) for entry in entries]}
     return store_dir / f"{section.name}-{fingerprint(content)[:16]}"
 
 
@@ -183,20 +183,22 @@ def _prepare_own(job: _Job, worker: int, num_workers: int, reporter: Reporter, n
             continue
         if _published(job, number, raw, limit) is None:
             notes.check()
-            task = replace(job.task, max_documents=limit)
-            prepare_shard(
-                job.folder,
-                number,
-                _with_limit(raw, limit),
-                task,
-                job.encoder,
-                job.vocab_tokens,
-                reporter.at,
-                reporter.say,
-            )
+            try:
+                _prepare_shard(job, number, raw, limit, reporter)
+            except DamagedFileError as error:
+                if not any(file.is_remote for file in raw.files):
+                    raise
+                reporter.say(f"{error} Reading it once more.")  # the network may have damaged it
+                _prepare_shard(job, number, raw, limit, reporter)
             reporter.end_shard(raw.num_bytes)
         else:
             reporter.skip(raw.num_bytes)
+
+
+def _prepare_shard(job: _Job, number: int, raw: RawShard, limit: int | None, reporter: Reporter) -> None:
+    task = replace(job.task, max_documents=limit)
+    raw = _with_limit(raw, limit)
+    prepare_shard(job.folder, number, raw, task, job.encoder, job.vocab_tokens, reporter.at, reporter.say)
 
 
 def _limited(job: _Job) -> Iterator[tuple[int, RawShard, int | None]]:

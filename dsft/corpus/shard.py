@@ -13,6 +13,7 @@ import numpy as np
 from dsft.corpus.encode import Encoder
 from dsft.corpus.formats import Format, parse_record
 from dsft.corpus.listing import RawShard
+from dsft.corpus.raw_file import RawFile
 from dsft.corpus.samples import BadRecord, Completion, Conversation, Sample, Text
 from dsft.corpus.sources import Record, read_records
 from dsft.errors import DataError
@@ -77,7 +78,7 @@ def prepare_shard(
         SaveError: the store cannot be written. Nothing half-written is left in either case.
     """
     counts: Counter[str] = Counter()
-    shown: Counter[Path] = Counter()
+    shown: Counter[RawFile] = Counter()
     documents = tokens = text_bytes = read_bytes = finished_bytes = 0
     file = raw.files[0]
     writer = ShardWriter(folder, number, token_dtype(vocab_tokens), raw.name, raw.identity)

@@ -7,13 +7,13 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from io import BufferedReader
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from dsft.corpus.listing import RawShard
+from dsft.corpus.raw_file import RawFile
+from dsft.corpus.remote import check_unchanged
 from dsft.corpus.samples import BadRecord
-from dsft.errors import DataError
+from dsft.errors import DamagedFileError, DataError
 
 _CHUNK_BYTES = 1 << 20
 _COMPRESSED_CHUNK_BYTES = 1 << 17
@@ -35,7 +35,7 @@ class Record:
         read_bytes: bytes of the raw file read so far (of its compressed form).
     """
 
-    file: Path
+    file: RawFile
     place: str
     value: Any | BadRecord
     read_bytes: int
@@ -54,16 +54,19 @@ def read_records(shard: RawShard, columns: list[str] | None = None) -> Iterator[
         columns: read only these columns of tables that have them; None reads all.
 
     Raises:
-        DataError: a file is missing, cut short, or damaged; names it and, where known, the place.
+        DataError: a file is missing, or cannot be reached.
+        DamagedFileError: a file is cut short or damaged, or was changed while it was read; names it and the place.
     """
     for file in shard.files:
         try:
             yield from _reader(file)(file, columns)
+            if file.is_remote:
+                check_unchanged(file.path, file.num_bytes, file.version)
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
-def _reader(file: Path) -> Callable[[Path, list[str] | None], Iterator[Record]]:
+def _reader(file: RawFile) -> Callable[[RawFile, list[str] | None], Iterator[Record]]:
     readers = {
         ".jsonl": _read_jsonl,
         ".jsonl.gz": _read_jsonl,
@@ -75,8 +78,9 @@ def _reader(file: Path) -> Callable[[Path, list[str] | None], Iterator[Record]]:
     return next(reader for suffix, reader in readers.items() if file.name.endswith(suffix))
 
 
-def _read_text(file: Path, columns: list[str] | None) -> Iterator[Record]:
-    data = file.read_bytes()
+def _read_text(file: RawFile, columns: list[str] | None) -> Iterator[Record]:
+    with file.open() as raw:
+        data = raw.read()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -87,8 +91,8 @@ def _read_text(file: Path, columns: list[str] | None) -> Iterator[Record]:
     yield Record(file, "", value, len(data))
 
 
-def _read_jsonl(file: Path, columns: list[str] | None) -> Iterator[Record]:
-    with open(file, "rb") as raw:
+def _read_jsonl(file: RawFile, columns: list[str] | None) -> Iterator[Record]:
+    with file.open() as raw:
         for number, line in enumerate(_lines(_chunks(file, raw)), start=1):
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):
                 line = line[3:]
@@ -130,9 +134,9 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield last
 
 
-def _chunks(file: Path, raw: BufferedReader) -> Iterator[bytes]:
-    if file.suffix in (".gz", ".zst") and file.stat().st_size == 0:
-        raise DataError(f"{file} is cut short: it has 0 bytes; fetch or compress it again.")
+def _chunks(file: RawFile, raw: BinaryIO) -> Iterator[bytes]:
+    if file.name.endswith((".gz", ".zst")) and file.num_bytes == 0:
+        raise DamagedFileError(f"{file} is cut short: it has 0 bytes; fetch or compress it again.")
     if file.name.endswith(".gz"):
         return _gzip_chunks(file, raw)
     if file.name.endswith(".zst"):
@@ -140,16 +144,16 @@ def _chunks(file: Path, raw: BufferedReader) -> Iterator[bytes]:
     return iter(lambda: raw.read(_CHUNK_BYTES), b"")
 
 
-def _gzip_chunks(file: Path, raw: BufferedReader) -> Iterator[bytes]:
+def _gzip_chunks(file: RawFile, raw: BinaryIO) -> Iterator[bytes]:
     try:
         with gzip.GzipFile(fileobj=raw) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 yield chunk
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{file} is cut short or damaged: {error}; fetch or compress it again.") from error
+        raise DamagedFileError(f"{file} is cut short or damaged: {error}; fetch or compress it again.") from error
 
 
-def _zstd_chunks(file: Path, raw: BufferedReader) -> Iterator[bytes]:
+def _zstd_chunks(file: RawFile, raw: BinaryIO) -> Iterator[bytes]:
     """Decompress frame by frame. A stream reader would end quietly where a file was cut between two blocks."""
     import zstandard
 
@@ -168,31 +172,32 @@ def _zstd_chunks(file: Path, raw: BufferedReader) -> Iterator[bytes]:
                     compressed, inside = frame.unused_data, False
                     frame = context.decompressobj()
     except zstandard.ZstdError as error:
-        raise DataError(f"{file} is damaged: {error}; fetch or compress it again.") from error
+        raise DamagedFileError(f"{file} is damaged: {error}; fetch or compress it again.") from error
     if inside:
-        raise DataError(f"{file} is cut short: its last zstd frame does not end; fetch or compress it again.")
+        raise DamagedFileError(f"{file} is cut short: its last zstd frame does not end; fetch or compress it again.")
 
 
-def _read_parquet(file: Path, columns: list[str] | None) -> Iterator[Record]:
+def _read_parquet(file: RawFile, columns: list[str] | None) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        source = file.open() if file.is_remote else file.path
+        with pyarrow.parquet.ParquetFile(source, page_checksum_verification=True) as table:
             names = table.schema_arrow.names
             selected = None if columns is None else [name for name in columns if name in names]
             batches = table.iter_batches(_ROWS, columns=selected or None, use_threads=False)
             yield from _rows(file, batches, table.metadata.num_rows)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{file} is not a whole parquet file: {_first_line(error)}") from error
+        raise DamagedFileError(f"{file} is not a whole parquet file: {_first_line(error)}") from error
 
 
-def _read_arrow(file: Path, columns: list[str] | None) -> Iterator[Record]:
+def _read_arrow(file: RawFile, columns: list[str] | None) -> Iterator[Record]:
     import pyarrow
     import pyarrow.ipc
 
     try:
-        with pyarrow.memory_map(str(file)) as source:
+        with pyarrow.PythonFile(file.open()) if file.is_remote else pyarrow.memory_map(file.path) as source:
             if source.read(6) == b"ARROW1":
                 with pyarrow.ipc.open_file(source) as table:
                     batches = (table.get_batch(number) for number in range(table.num_record_batches))
@@ -200,12 +205,12 @@ def _read_arrow(file: Path, columns: list[str] | None) -> Iterator[Record]:
                 return
             source.seek(max(0, source.size() - len(_ARROW_END)))
             if source.read() != _ARROW_END:  # without this mark a reader takes the cut for the end
-                raise DataError(f"{file} is cut short: its Arrow stream does not end; write it again.")
+                raise DamagedFileError(f"{file} is cut short: its Arrow stream does not end; write it again.")
             source.seek(0)
             with pyarrow.ipc.open_stream(source) as stream:
                 yield from _rows(file, _slices(stream, columns), None)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{file} is not a whole Arrow file: {_first_line(error)}") from error
+        raise DamagedFileError(f"{file} is not a whole Arrow file: {_first_line(error)}") from error
 
 
 def _slices(batches: Iterable[Any], columns: list[str] | None) -> Iterator[Any]:
@@ -216,9 +221,9 @@ def _slices(batches: Iterable[Any], columns: list[str] | None) -> Iterator[Any]:
             yield selected.slice(start, _ROWS)
 
 
-def _rows(file: Path, batches: Iterable[Any], num_rows: int | None) -> Iterator[Record]:
+def _rows(file: RawFile, batches: Iterable[Any], num_rows: int | None) -> Iterator[Record]:
     """Rows of Arrow batches. ``num_rows`` (where it is known) tells how far the file is read."""
-    size = file.stat().st_size
+    size = file.num_bytes
     row = 0
     for batch in batches:
         for value in _batch_values(batch):
