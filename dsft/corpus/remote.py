@@ -190,8 +190,6 @@ def _raise_if_final(url: str, error: Exception) -> None:
         _refuse(url, "access is denied; check the credentials in the environment", error)
     if (isinstance(error, FileNotFoundError) and status is None and _cause(error) is error) or status in (404, 410):
         _refuse(url, "there is no such file or folder", error)
-    if isinstance(error, NotImplementedError):
-        _refuse(url, "the server does not support what is asked of it", error)
     if isinstance(error, ValueError):  # fsspec's own error for a server that sends the whole file
         _refuse(url, f"the server does not answer requests for a part of a file ({error})", error)
 
