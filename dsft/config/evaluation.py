@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from dsft.config.bias import BiasSection
 from dsft.config.columns import RecordFormat, check_columns
 from dsft.config.section import DataPath, Items, Name, NonNegativeFloat, PositiveFloat, Section
 from dsft.config.units import PositiveCount
@@ -82,16 +83,22 @@ class EvaluateSection(Section):
     at_stage_ends: bool = True
     at_end: bool = True
     sets: Items[EvaluationSetSection] = ()
+    bias: Items[BiasSection] = ()
+    """Bias tests, measured whenever the sets are."""
     early_stop: EarlyStopSection | None = None
     """Absent: overfitting is only warned about."""
 
     @model_validator(mode="after")
     def _can_decide(self) -> EvaluateSection:
-        names = [held_out.name for held_out in self.sets]
-        if len(set(names)) != len(names):
-            raise ValueError(
-                f"evaluate.sets: two sets share a name: {sorted(n for n in names if names.count(n) > 1)[0]!r}"
-            )
+        for key, names in (("sets", [one.name for one in self.sets]), ("bias", [one.name for one in self.bias])):
+            if len(set(names)) != len(names):
+                repeated = sorted(n for n in names if names.count(n) > 1)[0]
+                raise ValueError(f"evaluate.{key}: two {key} share a name: {repeated!r}")
+        for test in self.bias:
+            if test.max_rise is not None and not self.at_start:
+                raise ValueError(
+                    f"evaluate.bias: max_rise of {test.name!r} is measured from before training: set at_start: true"
+                )
         for held_out in self.sets:
             if held_out.max_rise is not None and not self.at_start:
                 raise ValueError(

@@ -106,6 +106,14 @@ def _evaluation_line(record: dict[str, Any], share: str) -> str:
     return " | ".join(parts)
 
 
+def _bias_line(record: dict[str, Any], share: str) -> str:
+    low, high = record["change_interval"]
+    return (
+        f"bias {record['set']} ({record['test']}) at step {record['step']}: {record['value']:.3f}, change "
+        f"{record['change']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    )
+
+
 def _checkpoint_line(record: dict[str, Any], share: str) -> str:
     return f"step {record['step']} saved in {record['seconds']:.1f} s: {record['path']}"
 
@@ -121,6 +129,7 @@ def _plain_line(record: dict[str, Any], share: str) -> str:
 _LINES = {
     "step": _step_line,
     "evaluation": _evaluation_line,
+    "bias": _bias_line,
     "checkpoint": _checkpoint_line,
     "resume": _resume_line,
 }

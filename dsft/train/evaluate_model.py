@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dsft import dist
+from dsft.config.bias import BiasSection
 from dsft.config.deepspeed import build_deepspeed_config
 from dsft.config.load import config_to_json
 from dsft.config.models import RunConfig
@@ -28,6 +29,7 @@ from dsft.corpus.progress import ProgressLines
 from dsft.corpus.tokenizer import Tokenizer
 from dsft.errors import ConfigError
 from dsft.evaluate.answers import KeptAnswers
+from dsft.evaluate.bias import check_bias, measure_bias
 from dsft.evaluate.bootstrap import Difference, difference
 from dsft.evaluate.generation import check_section
 from dsft.evaluate.run import HeldOutSet, SetResult, evaluate_set
@@ -61,7 +63,7 @@ def evaluate_model(config: RunConfig, model: str, out: Path, *, local_rank_argum
     Raises:
         DsftError: on every rank, or at least on the one that can name the cause.
     """
-    if not config.evaluate.sets:
+    if not config.evaluate.sets and not config.evaluate.bias:
         raise ConfigError(f"{config.file} has no held-out set to measure; add evaluate.sets.")
     config = _of_model(config, model)
     world = discover_world(os.environ, local_rank_argument)
@@ -79,6 +81,7 @@ def evaluate_model(config: RunConfig, model: str, out: Path, *, local_rank_argum
         "pack_tokens": config.data.pack_tokens,
         "dtype": config.model.dtype,
         "sets": {one.section.name: [one.section.model_dump(mode="json"), one.store.fingerprint] for one in sets},
+        "bias": {test.name: test.model_dump(mode="json") for test in config.evaluate.bias},
     }
     with groups.together():
         if world.rank == 0:
@@ -86,7 +89,8 @@ def evaluate_model(config: RunConfig, model: str, out: Path, *, local_rank_argum
     waiting = [one for one in sets if not groups.broadcast_object(_result_file(out, one).is_file())]
     for one in (one for one in sets if one not in waiting):
         logger.info("%s: measured before, in %s", one.section.name, _result_file(out, one))
-    if waiting:
+    tests = [test for test in config.evaluate.bias if not groups.broadcast_object(_bias_file(out, test.name).is_file())]
+    if waiting or tests:
         packed, device = _build_model(config, folder, tokenizer, groups, deepspeed_config, device_type)
         for one in waiting:
             kept = KeptAnswers(out / f"{one.section.name}.answers.jsonl")
@@ -95,6 +99,8 @@ def evaluate_model(config: RunConfig, model: str, out: Path, *, local_rank_argum
                 if world.rank == 0:
                     write_json(_result_file(out, one), _to_json(one, result))
             logger.info("%s", _line(one.section.name, result.record()))
+        for test in tests:
+            _measure_bias(test, packed, tokenizer, groups, device, config, out)
     groups.close()
     return EXIT_OK
 
@@ -106,7 +112,7 @@ def compare(first: Path, second: Path, seed: int) -> dict[str, dict[str, Differe
         ConfigError: a folder has no results, or the sets are not the same documents.
     """
     identities = [_read(folder / IDENTITY_NAME) for folder in (first, second)]
-    if any(identities[0][key] != identities[1][key] for key in ("sets", "pack_tokens")):
+    if any(identities[0].get(key) != identities[1].get(key) for key in ("sets", "bias", "pack_tokens")):
         raise ConfigError(
             f"{first} and {second} did not measure the same documents (sets, their settings, or pack_tokens differ): "
             "measure both models with the same configuration."
@@ -124,7 +130,32 @@ def compare(first: Path, second: Path, seed: int) -> dict[str, dict[str, Differe
             columns = ((one["each"][score], None) for one in (a, b))
             scores[score] = difference(*columns, seed=seed, purpose=f"{name}/answers")
         found[name] = scores
+    for name in identities[0].get("bias", {}):
+        before, after = (_read(_bias_file(folder, name))["each"] for folder in (first, second))
+        change = difference((before, None), (after, None), seed=seed, purpose=f"{name}/bias")
+        found[f"bias {name}"] = {"value": change}
     return found
+
+
+def _measure_bias(
+    test: BiasSection,
+    model: PackedCausalLM,
+    tokenizer: Tokenizer,
+    groups: dist.Groups,
+    device: torch.device,
+    config: RunConfig,
+    out: Path,
+) -> None:
+    """Measure one bias test and write its result. Collective."""
+    found = measure_bias(
+        model, test, tokenizer, groups, device=device, pack_tokens=config.data.pack_tokens, seed=config.run.seed
+    )
+    with groups.together():
+        if groups.rank == 0:
+            _bias_file(out, test.name).parent.mkdir(exist_ok=True)
+            write_json(_bias_file(out, test.name), asdict(found))
+    low, high = found.value_interval
+    logger.info("bias %s (%s): %.4f [%.4f, %.4f]", test.name, test.kind, found.value, low, high)
 
 
 def _of_model(config: RunConfig, model: str) -> RunConfig:
@@ -160,6 +191,8 @@ def _held_out_sets(config: RunConfig, groups: dist.Groups) -> tuple[list[HeldOut
         stores = [SourceStore(path) for path in folders]
         for section, store in zip(config.evaluate.sets, stores, strict=True):
             check_section(section, store, tokenizer)
+        for test in config.evaluate.bias:
+            check_bias(test)
     check_same_stores(groups, stores)
     sets = [
         HeldOutSet(section, store, setup.held_out_spec(config, tokenizer, store))
@@ -213,6 +246,10 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
     except OSError as error:
         raise save_error(out, error) from error
     write_json(path, identity)
+
+
+def _bias_file(out: Path, name: str) -> Path:
+    return out / "bias" / f"{name}.json"
 
 
 def _result_file(out: Path, one: HeldOutSet) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dsft.batch.types import StepBatch
 from dsft.config.evaluation import EvaluateSection
 from dsft.corpus.tokenizer import Tokenizer
+from dsft.evaluate.bias import BiasRise, bias_change, measure_bias, passed_limit
 from dsft.evaluate.forgetting import Forgetting, forgetting
 from dsft.evaluate.overfit import OverfitWatch
 from dsft.evaluate.run import Evaluation, HeldOutSet, evaluate_all
@@ -27,12 +28,14 @@ class EvaluationPlan:
         section: when to measure.
         sets: what to measure.
         watch: overfitting watch; its state travels in ``TrainState.overfit``.
+        pack_tokens: most tokens of one forward of a bias test.
     """
 
     section: EvaluateSection
     sets: tuple[HeldOutSet, ...]
     tokenizer: Tokenizer
     watch: OverfitWatch
+    pack_tokens: int
     _last_step: int = -1
 
     def at_start(self, run: Run, state: TrainState) -> None:
@@ -49,7 +52,7 @@ class EvaluationPlan:
         """Whether the step that was just taken ends an interval or a stage. Equal on all ranks."""
         every = self.section.every_steps
         by_step = every is not None and state.step % every == 0
-        return bool(self.sets) and (by_step or (self.section.at_stage_ends and batch.plan.ends_stage))
+        return self._measures and (by_step or (self.section.at_stage_ends and batch.plan.ends_stage))
 
     def watch_training(self, state: TrainState, record: dict[str, Any]) -> None:
         """Add a step record's losses (already reduced over ranks) to the training loss since the last evaluation."""
@@ -60,13 +63,13 @@ class EvaluationPlan:
                 state.train_loss[name] = [total + loss * weight, weights + weight]
 
     def measure(self, run: Run, state: TrainState) -> bool:
-        """Measure all sets (collective), write their records, warn of overfitting, forgetting and memorisation.
+        """Measure all sets and bias tests (collective), write their records, warn of what has passed its limit.
 
         Returns:
-            Whether training is to stop early: a set is overfitted and ``evaluate.early_stop`` is set, or a set's loss
-            has risen by more than its ``max_rise``.
+            Whether training is to stop early: a set is overfitted and ``evaluate.early_stop`` is set, a set's loss has
+            risen by more than its ``max_rise``, or a bias test's value has and it says ``on_rise: stop``.
         """
-        if not self.sets:
+        if not self._measures:
             return False
         started = time.perf_counter()
         evaluation = evaluate_all(
@@ -84,14 +87,50 @@ class EvaluationPlan:
         for record in evaluation.records:
             run.recorder.write("evaluation", record)
         forgotten = self._forgotten(evaluation, state)
-        messages = [found.message for found in evaluation.overfitting] + [found.message for found in forgotten]
+        biased = self._measure_bias(run, state)
+        messages = [found.message for found in (*evaluation.overfitting, *forgotten, *biased)]
         for message in messages + self._memorised(evaluation):
             run.recorder.warn(message)
         state.train_loss = {}
         self._last_step = state.step
         state.overfit = self.watch.to_json()
         run.step_log.exclude(time.perf_counter() - started)
-        return bool(forgotten) or (bool(evaluation.overfitting) and self.section.early_stop is not None)
+        stops = bool(forgotten) or any(found.stops for found in biased)
+        return stops or (bool(evaluation.overfitting) and self.section.early_stop is not None)
+
+    @property
+    def _measures(self) -> bool:
+        return bool(self.sets or self.section.bias)
+
+    def _measure_bias(self, run: Run, state: TrainState) -> list[BiasRise]:
+        """Measure the bias tests and write their records; the first values of their items stay in the state."""
+        passed = []
+        for test in self.section.bias:
+            result = measure_bias(
+                run.engine.module,
+                test,
+                self.tokenizer,
+                run.groups,
+                device=run.engine.device,
+                pack_tokens=self.pack_tokens,
+                seed=run.seed,
+            )
+            before = state.first_bias.setdefault(test.name, list(result.each))
+            change = bias_change(test, before, result.each, seed=run.seed)
+            run.recorder.write(
+                "bias",
+                {
+                    "step": state.step,
+                    "tokens_trained": state.tokens_trained,
+                    "set": test.name,
+                    "test": test.kind,
+                    "change": change.value,
+                    "change_interval": (change.low, change.high),
+                    **result.record(),
+                },
+            )
+            passed.append(passed_limit(test, result, change))
+        return [one for one in passed if one is not None]
 
     def _forgotten(self, evaluation: Evaluation, state: TrainState) -> list[Forgetting]:
         """Sets whose loss is above their limit; the losses of the first evaluation are remembered in the state."""

@@ -19,6 +19,7 @@ from dsft.config.load import config_differences, config_to_json
 from dsft.config.models import RunConfig
 from dsft.constants import EXIT_OK, EXIT_RUN_FAILED, EXIT_STOPPED_EARLY
 from dsft.errors import ConfigError, DsftError, SaveError, StoppedEarly
+from dsft.evaluate.bias import check_bias
 from dsft.evaluate.generation import check_section
 from dsft.evaluate.overfit import OverfitWatch
 from dsft.evaluate.run import HeldOutSet
@@ -360,7 +361,10 @@ def _evaluation(config: RunConfig, data: setup.Data, state: TrainState) -> Evalu
     )
     for held_out in sets:
         check_section(held_out.section, held_out.store, data.tokenizer)
-    return EvaluationPlan(section, sets, data.tokenizer, OverfitWatch.from_json(patience, state.overfit))
+    for test in section.bias:
+        check_bias(test)
+    watch = OverfitWatch.from_json(patience, state.overfit)
+    return EvaluationPlan(section, sets, data.tokenizer, watch, config.data.pack_tokens)
 
 
 def _salt(identity: dict[str, Any]) -> int:

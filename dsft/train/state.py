@@ -23,6 +23,7 @@ class TrainState:
         num_skipped_in_row: of these, not-finite ones since the last step that was applied.
         overfit: state of the overfitting watch (JSON).
         first_loss: per held-out set, its loss at the run's first evaluation.
+        first_bias: per bias test, the value of each of its items at the run's first evaluation.
         train_loss: per source, since the last evaluation: [weighted sum of the loss, sum of weights].
     """
 
@@ -34,6 +35,7 @@ class TrainState:
     num_skipped_in_row: int = 0
     overfit: dict[str, Any] = field(default_factory=dict)
     first_loss: dict[str, float] = field(default_factory=dict)
+    first_bias: dict[str, list[float]] = field(default_factory=dict)
     train_loss: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -47,6 +49,7 @@ class TrainState:
             "num_skipped_in_row": self.num_skipped_in_row,
             "overfit": self.overfit,
             "first_loss": self.first_loss,
+            "first_bias": self.first_bias,
             "train_loss": self.train_loss,
         }
 

@@ -12,9 +12,7 @@ from dsft.advise.factors import factors
 from dsft.advise.rules import ENOUGH_PAIRS, MIN_PAIRS, MIN_TEXT_TOKENS, RULES, decide
 
 TEXT = TextEvidence(1000, 2_000_000, 100, 0.01, 0.02, 0.0, 1.2, (1.1, 1.3))
-PAIRS = PairsEvidence(
-    5000, 400_000, 300, 0.4, 0.01, 0.02, 0.0, 0.0, 0.9, 0.05, 0.6, 2.5, 0.1, (0.05, 0.15), 0.0, 0.05
-)
+PAIRS = PairsEvidence(5000, 400_000, 300, 0.4, 0.01, 0.02, 0.0, 0.0, 0.9, 0.05, 0.6, 2.5, 0.1, (0.05, 0.15), 0.0, 0.05)
 GENERAL = GeneralEvidence(tokens=3_000_000, bits_per_byte=1.0)
 SITUATION = Situation(goal="", task="broad", control="low", sensitivity="low")
 

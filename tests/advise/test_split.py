@@ -79,9 +79,7 @@ def test_unknown_fields_are_named(tmp_path: Path) -> None:
 def test_shares_of_pairs(tmp_path: Path) -> None:
     said = "the quick brown fox jumps over the lazy dog"
     records = [pair("a", said), pair("a", "no"), pair("b", "no"), pair("c", "one two three four five six")]
-    pairs = SourceSection(
-        name="pairs", path=str(write(tmp_path / "pairs.jsonl", records)), format="prompt_completion"
-    )
+    pairs = SourceSection(name="pairs", path=str(write(tmp_path / "pairs.jsonl", records)), format="prompt_completion")
     text = SourceSection(name="text", path=str(write(tmp_path / "text.jsonl", [{"text": f"He said: {said.upper()}!"}])))
     shapes = pair_shapes(pairs, text)
     assert shapes.conflicting_share == pytest.approx(1 / 3)
