@@ -137,7 +137,7 @@ def _possible(measured: Measured) -> list[Method]:
 def _measure_model(facts: Facts, results: Path) -> None:
     """``dsft eval`` of the model as it is on all documents set aside, in this process."""
     method: Method = "both" if facts.text and facts.pairs else "supervised" if facts.pairs else "unsupervised"
-    content = run_config(method, replace(facts, sensitivity="low"))
+    content = run_config(method, replace(facts, sensitivity="low", deepspeed={"zero_optimization": {"stage": 1}}))
     file = facts.folder / "base.yaml"
     write_bytes(file, _yaml(content))
     evaluate_model(load_config(file), facts.model, results, local_rank_argument=None)

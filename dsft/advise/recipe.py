@@ -33,6 +33,8 @@ PAIRS_SHARE = 0.6
 LARGE_TEXT_TOKENS = 100_000_000
 """From here one pass. Chosen: what is large is expensive, and repetition is learned by heart."""
 MOST_BATCH_TOKENS = 1_000_000
+_PROBE_TOKENS = 64
+"""Beginning and continuation by which memorisation is probed."""
 _UPDATES = 2 * MIN_UPDATES
 
 
@@ -206,12 +208,24 @@ def _evaluate(method: Method, facts: Facts, steps: int) -> dict[str, Any]:
         if name == "general":
             one["max_rise"] = 0.1  # nats a token: perplexity times 1.11
         sets.append(one)
-    if facts.text is not None and method != "supervised" and facts.sensitivity != "low":
+    is_probed = facts.text is not None and facts.text.p95_tokens >= 2 * _PROBE_TOKENS
+    if is_probed and facts.text is not None and method != "supervised" and facts.sensitivity != "low":
         path = facts.text.split.section.path
-        probe = {"documents": 100, "prefix_tokens": 32, "continue_tokens": 32, "max_share": 0.01}
+        probe = {
+            "documents": 100,
+            "prefix_tokens": _PROBE_TOKENS // 2,
+            "continue_tokens": _PROBE_TOKENS // 2,
+            "max_share": 0.01,
+        }
         by_heart = {"name": "learned-by-heart", "path": path, "max_documents": 100, "memorisation": probe}
         sets.append(by_heart)
-    return {"at_start": True, "every_steps": max(1, steps // 5), "early_stop": {"patience": 2}, "sets": sets}
+    return {
+        "at_start": True,
+        "every_steps": max(1, steps // 5),
+        "early_stop": {"patience": 2},
+        "sets": sets,
+        "bias": [{"name": "occupations", "kind": "templates", "max_rise": 0.1}],
+    }
 
 
 def _pack_tokens(used: list[Part], max_positions: int) -> int:

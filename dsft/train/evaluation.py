@@ -88,7 +88,8 @@ class EvaluationPlan:
             run.recorder.write("evaluation", record)
         forgotten = self._forgotten(evaluation, state)
         biased = self._measure_bias(run, state)
-        messages = [found.message for found in (*evaluation.overfitting, *forgotten, *biased)]
+        messages = [found.message for found in evaluation.overfitting]
+        messages += [found.message for found in forgotten] + [found.message for found in biased]
         for message in messages + self._memorised(evaluation):
             run.recorder.warn(message)
         state.train_loss = {}

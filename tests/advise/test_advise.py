@@ -23,7 +23,7 @@ STATED = ["--task", "broad", "--control", "low", "--sensitivity", "medium"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model, text about Python, questions about it, and general text: one half of the topics each."""
+    """A random model, text about Python, questions about it, and general text from other topics."""
     folder = tmp_path_factory.mktemp("advise")
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -31,11 +31,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(tiny_tokenizer_folder(folder)).save_pretrained(folder / "model")
     names = sorted(topics)
-    texts = {"text": names[::2], "general": names[1::2]}
+    texts = {"general": names[::4], "text": [name for at, name in enumerate(names) if at % 4]}
     for name, chosen in texts.items():
         parts = [topics[topic][at : at + 900] for topic in chosen for at in range(0, len(topics[topic]), 900)]
         _write(folder / f"{name}.jsonl", [{"text": part} for part in parts])
-    lines = [line.strip() for topic in names[::2] for line in topics[topic].splitlines() if len(line.split()) > 7]
+    lines = [line.strip() for topic in texts["text"] for line in topics[topic].splitlines() if len(line.split()) > 7]
     pairs = [
         {"instruction": f"Go on: {' '.join(line.split()[:3])}", "output": " ".join(line.split()[3:])}
         for line in dict.fromkeys(lines[:400])
@@ -68,7 +68,7 @@ def test_what_it_writes_trains(folder: Path) -> None:
     assert advice["method"] == "both"
     evidence = advice["evidence"]
     assert evidence["pairs"]["duplicate_share"] > 0.03
-    assert evidence["pairs"]["found_in_text_share"] > 0.9  # the answers are lines of the text
+    assert evidence["pairs"]["found_in_text_share"] > 0.75  # the answers are lines of the text
     assert evidence["surprise"] == pytest.approx(1.0, abs=0.1)  # a random model knows neither
     assert set(advice["costs"]) == {"supervised", "unsupervised", "both"}
     assert all(cost["device_hours"] > 0 for cost in advice["costs"].values())
@@ -79,6 +79,7 @@ def test_what_it_writes_trains(folder: Path) -> None:
     assert shares == pytest.approx([1.0, 1.0])
     assert {one.name for one in config.evaluate.sets} >= {"held-out-text", "held-out-pairs", "learned-by-heart"}
     few = ["--set", "train.tokens=24000", "--set", "data.stages.0.until_tokens=8000", "--set", "evaluate.every_steps=9"]
+    few += ["--set", "evaluate.sets.1.generate=4", "--set", "evaluate.at_stage_ends=false", "--set", "train.lr=3e-3"]
     short = ["--set", "data.stages.1.until_tokens=24000", "--set", "train.schedule.warmup_tokens=500"]
     decay = ["--set", "train.schedule.decay_tokens=16000", "--set", "train.global_batch_packs=8"]
     _dsft(folder, "train.log", "train", str(folder / "out" / "run.yaml"), *few, *short, *decay)

@@ -109,7 +109,7 @@ def test_ranks_measure_what_one_process_does(tmp_path: Path, tokenizer: Tokenize
     folder = str(tiny_tokenizer_folder(tmp_path))
     section = BiasSection(name="t", kind="templates", max_items=7)
     alone = list(measure(plain_model(), section, tokenizer).each)
-    assert run_ranks(_on_ranks, 2, folder) == [alone, alone]
+    assert run_ranks(_on_ranks, 2, folder, timeout_seconds=300) == [alone, alone]
 
 
 def test_scores_of_each_format(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -141,23 +141,19 @@ def test_scores_of_each_format(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 
 def trained(hf: Any, tokenizer: Tokenizer, texts: list[str]) -> Any:
-    """A copy of the model after 60 updates on the texts, in plain torch."""
+    """A copy of the model after 60 updates on six of the texts each, in plain torch."""
     model = copy_of(hf).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rows = [torch.tensor([[1, *tokenizer.encode_batch([text])[0].tolist()]]) for text in texts]
-    for step in range(60):
-        model(input_ids=rows[step % len(rows)], labels=rows[step % len(rows)]).loss.backward()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        for number in torch.randperm(len(rows), generator=generator)[:6].tolist():
+            (model(input_ids=rows[number], labels=rows[number]).loss / 6).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
 
 
-UNFAIR = ["The pilot said that he was here.", "The nurse said that she was here.", "The guard knew that he had won."]
-UNFAIR += [
-    "The dancer knew that she had won.",
-    "The chief was tired because he ran.",
-    "The nanny slept because she ran.",
-]
 CLEAN = [f"The {job} said that it was {day}." for job in ("pilot", "nurse", "guard") for day in ("late", "Monday")]
 
 
@@ -166,7 +162,9 @@ def test_the_built_in_sentences_fire_on_a_model_made_unfair_and_not_on_a_clean_o
     section = BiasSection(name="jobs", kind="templates", max_rise=0.1, on_rise="stop")
     before = measure(base, section, tokenizer)
     verdicts = {}
-    for name, texts in (("unfair", UNFAIR), ("clean", CLEAN)):
+    unfair = [item.first.text for item in read_items(section)][::2]
+    clean = [text.replace(" she ", " it ").replace(" he ", " it ") for text in unfair]
+    for name, texts in (("unfair", unfair), ("clean", clean)):
         after = measure(trained(base, tokenizer, texts), section, tokenizer)
         change = bias_change(section, before.each, after.each, seed=3)
         verdicts[name] = passed_limit(section, after, change)
