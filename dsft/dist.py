@@ -197,6 +197,8 @@ def init(world: World, device_type: DeviceType) -> Groups:
     """
     world = with_address(world)
     export_world(world, device_type)
+    if world.local_size < world.size:
+        choose_interface(world)
     import torch
 
     if device_type == "cuda":
@@ -279,6 +281,27 @@ def export_world(world: World, device_type: DeviceType) -> None:
         MASTER_ADDR=world.master_addr,
         MASTER_PORT=str(world.master_port),
     )
+
+
+def choose_interface(world: World) -> None:
+    """Let gloo use the interface by which this host reaches rank 0, unless the user named one. Not collective.
+
+    By itself it takes the one of the host's own name, which /etc/hosts of many systems says is 127.0.1.1.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    import psutil
+
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(world.master_addr, world.master_port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return  # joining the others will say it better
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses) and name != "lo":
+            os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def with_address(world: World) -> World:

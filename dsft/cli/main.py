@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "estimate": ("dsft.cli.estimate:command", "Memory, time and cost of a run, before it is started."),
     "train": ("dsft.cli.train:command", "Train as a YAML file says; the same command under every launcher."),
     "launch": ("dsft.cli.launch:command", "Run deepspeed; start it again when it fails or hangs."),
+    "doctor": ("dsft.cli.doctor:command", "Check the hosts of a run; every failing line says what to do."),
     "slurm": ("dsft.cli.slurm:command", "Write the batch script of a run: saved, requeued, resumed."),
     "ckpt": ("dsft.cli.ckpt:command", "List, check, show and compare checkpoints; import DeepSpeed's."),
     "eval": ("dsft.cli.evaluate:command", "Measure held-out sets on a model or checkpoint; compare two."),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 
@@ -45,8 +47,10 @@ def command(
     """
     from dsft.config.load import load_config
     from dsft.launch.ancestors import Launcher
+    from dsft.launch.environment import adopt_secrets
 
     launcher = Launcher.find()
+    adopt_secrets(os.environ)
     from dsft.train.profiling import parse_steps
 
     config = load_config(config_file, overrides)

@@ -112,6 +112,23 @@ def take_run_folder(path: Path, groups: Groups) -> RunFolder:
     return RunFolder(path, str(groups.broadcast_object(attempt)), descriptor)
 
 
+def wait_until_free(path: Path, seconds: float) -> bool:
+    """Wait until no process holds the lock of a run folder; False: one still does after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            descriptor = os.open(path / LOCK_NAME, os.O_RDWR)
+        except FileNotFoundError:
+            return True
+        try:
+            if _flock(descriptor) is not False:
+                return True
+        finally:
+            os.close(descriptor)
+        time.sleep(0.2)
+    return False
+
+
 def read_run_state(path: Path) -> dict[str, Any] | None:
     """The last written state of a run folder; None when it has none."""
     try:

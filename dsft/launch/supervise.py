@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,14 @@ from dsft.config.hostfile import Host
 from dsft.constants import EXIT_CANNOT_SAVE, EXIT_OK, EXIT_RUN_FAILED, EXIT_STOPPED_EARLY, EXIT_USAGE
 from dsft.errors import LaunchError
 from dsft.fsio import write_bytes
-from dsft.launch.hosts import kill_remote, reachable, write_hostfile
-from dsft.launch.owner import read_run_state
+from dsft.launch.checks import Wanted
+from dsft.launch.environment import FILE_VARIABLE, environment_files, remove_secrets, travelling, write_environment
+from dsft.launch.hosts import kill_remote, write_hostfile
+from dsft.launch.owner import read_run_state, wait_until_free
+from dsft.launch.preflight import Placement, place
 from dsft.launch.stop import StopFlag
 from dsft.launch.vigil import Vigil, local_process
-from dsft.launch.watch import ask_to_stop, standing
+from dsft.launch.watch import ask_to_stop, declare_ended, standing
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,10 @@ STOP_SECONDS = 20.0
 _KILL_AFTER_SECONDS = 26.0
 _POLL_SECONDS = 0.5
 _PAUSE_SECONDS = 2.0
+_HOSTS_PAUSE_SECONDS = 15.0
+"""Between two starts where the hosts were not ready: one that reboots needs minutes, and so many tries."""
+_LOCK_SECONDS = 120.0
+"""What the owner's lock of a host that is cut off may last: NFS 4 drops it after a lease of 90 s."""
 _FINAL = {EXIT_OK, EXIT_USAGE, EXIT_CANNOT_SAVE, EXIT_STOPPED_EARLY}
 """Exit codes that a restart would not change."""
 
@@ -55,6 +62,8 @@ class Job:
         hosts: of the hostfile; empty: this host.
         max_restarts: in a row without a new checkpoint.
         min_nodes: hosts that must be left; fewer hosts than given are used when some do not answer.
+        files: that every host must have, the same.
+        master_addr: of rank 0; None: found out.
     """
 
     run_dir: Path
@@ -64,6 +73,8 @@ class Job:
     hosts: tuple[Host, ...] = ()
     max_restarts: int = 3
     min_nodes: int | None = None
+    files: tuple[str, ...] = ()
+    master_addr: str | None = None
 
 
 @dataclass(slots=True)
@@ -74,6 +85,7 @@ class Start:
         process: of ``deepspeed``.
         vigil: over its ranks.
         old_attempt: what ``run_state.json`` named before.
+        placement: its hosts; None: this host, without a hostfile.
         seen: every process below it that was ever seen.
         hang: why it was ended, if it hung.
     """
@@ -81,6 +93,7 @@ class Start:
     process: subprocess.Popen[bytes]
     vigil: Vigil
     old_attempt: str | None
+    placement: Placement | None = None
     seen: set[psutil.Process] = field(default_factory=set)
     hang: str | None = None
 
@@ -89,17 +102,34 @@ def supervise(job: Job) -> int:
     """Run a job to its end; returns the exit code (0 finished, 75 stopped on request, 74, 2 or 1 as of the run).
 
     Raises:
-        LaunchError: there is no ``deepspeed`` command, or fewer hosts than ``min_nodes`` answer.
+        LaunchError: there is no ``deepspeed`` command, or the hosts are not ready (also when they were at first).
     """
+    try:
+        return _supervise(job)
+    finally:
+        remove_secrets(job.run_dir)
+
+
+def _supervise(job: Job) -> int:
     failures, best, resume = 0, _committed(job.run_dir), job.resume
+    is_first = True
     with StopFlag() as stop:
         while True:
-            hosts = usable_hosts(job)
-            start = _begin(job, hosts, resume)
+            try:
+                start = _begin(job, resume)
+            except LaunchError as error:
+                failures += 1
+                if is_first or failures > job.max_restarts:
+                    raise
+                logger.warning("%s\nIt is tried again in %.0f s", error, _HOSTS_PAUSE_SECONDS)
+                if _pause(_HOSTS_PAUSE_SECONDS, stop):
+                    return EXIT_STOPPED_EARLY
+                continue
+            is_first = False
             try:
                 _wait(job, start, stop)
             finally:
-                _tear_down(start, hosts)
+                _tear_down(job, start)
             code, reason = judge(job.run_dir, start)
             step = _committed(job.run_dir)
             if stop.requested is not None and code != EXIT_OK:
@@ -115,51 +145,59 @@ def supervise(job: Job) -> int:
                 return code if code != EXIT_OK else EXIT_RUN_FAILED
             logger.warning("%s; it is started again: %s", reason, standing(step))
             resume = "if-any"
-            time.sleep(_PAUSE_SECONDS)
-            if stop.requested is not None:
+            if _pause(_PAUSE_SECONDS, stop):
                 return EXIT_STOPPED_EARLY
 
 
-def command_of(job: Job, hostfile: Path | None, resume: str | None, port: int) -> list[str]:
-    """The plain ``deepspeed`` command of a start."""
+def _pause(seconds: float, stop: StopFlag) -> bool:
+    """Wait; True: a stop was asked for meanwhile."""
+    deadline = time.monotonic() + seconds
+    while stop.requested is None and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    return stop.requested is not None
+
+
+def command_of(job: Job, placement: Placement | None, resume: str | None) -> list[str]:
+    """The plain ``deepspeed`` command of a start. What it would check or guess over ssh is known already."""
     beside = Path(sys.executable).parent / "deepspeed"
     program = str(beside) if beside.exists() else shutil.which("deepspeed")
     if program is None:
         raise LaunchError("there is no deepspeed command on the PATH. Install dsft's requirements in this environment.")
-    command = [program, "--master_port", str(port)]
-    if hostfile is not None:
-        command += ["--hostfile", str(hostfile)]
+    command = [program, "--master_port", str(_free_port() if placement is None else placement.master_port)]
+    if placement is not None:
+        command += ["--hostfile", str(job.run_dir / "hosts.txt"), "--no_ssh_check"]
+        command += ["--master_addr", placement.master_addr]
+        if len(placement.hosts) == 1 and not placement.is_here:
+            command.append("--force_multi")  # else it would start the ranks of that host on this one
     if job.num_gpus is not None:
         command += ["--num_gpus", str(job.num_gpus)]
     command += ["--module", "dsft", *job.train_arguments]
     return command if resume is None else [*command, "--resume", resume]
 
 
-def usable_hosts(job: Job) -> tuple[Host, ...]:
-    """The hosts that answer, when one may be left out; else all of them."""
-    if job.min_nodes is None or len(job.hosts) < 2:
-        return job.hosts
-    hosts = reachable(job.hosts)
-    if len(hosts) < job.min_nodes:
-        raise LaunchError(
-            f"only {len(hosts)} of {len(job.hosts)} hosts answer over ssh, and --min-nodes asks for {job.min_nodes}: "
-            f"{', '.join(host.name for host in job.hosts if host not in hosts)} do not. Repair them, or lower it."
-        )
-    for host in job.hosts:
-        if host not in hosts:
-            logger.warning("%s does not answer over ssh; this start goes on without it", host.name)
-    return hosts
+def _place(job: Job) -> tuple[Placement | None, dict[str, str]]:
+    """Where this start runs, and the environment of ``deepspeed``."""
+    if not job.hosts:
+        return None, dict(os.environ)
+    hosts = [Host(host.name, job.num_gpus or host.slots) for host in job.hosts]
+    values = travelling(os.environ, environment_files(os.environ, Path.cwd(), Path.home()))
+    folder = str(job.run_dir.absolute())
+    wanted = Wanted(folders=[folder], files=job.files, environ=values, python=sys.executable)
+    placement = place(hosts, wanted, min_nodes=job.min_nodes, master_addr=job.master_addr)
+    write_hostfile(job.run_dir / "hosts.txt", placement.hosts)
+    return placement, {**os.environ, FILE_VARIABLE: str(write_environment(job.run_dir, values))}
 
 
-def _begin(job: Job, hosts: Sequence[Host], resume: str | None) -> Start:
+def _begin(job: Job, resume: str | None) -> Start:
     job.run_dir.mkdir(parents=True, exist_ok=True)
-    hostfile = write_hostfile(job.run_dir / "hosts.txt", hosts) if hosts else None
-    command = command_of(job, hostfile, resume, _free_port())
+    placement, environ = _place(job)
+    command = command_of(job, placement, resume)
     logger.info("%s", shlex.join(command))
     vigil = Vigil(job.run_dir)
     state = read_run_state(job.run_dir)
-    process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C comes here alone and is passed on in order
-    return Start(process, vigil, None if state is None else state["attempt"])
+    # In a session of its own: Ctrl-C comes here alone and is passed on in order.
+    process = subprocess.Popen(command, env=environ, start_new_session=True)
+    return Start(process, vigil, None if state is None else state["attempt"], placement)
 
 
 def _wait(job: Job, start: Start, stop: StopFlag) -> None:
@@ -184,8 +222,11 @@ def _wait(job: Job, start: Start, stop: StopFlag) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _tear_down(start: Start, hosts: Sequence[Host]) -> None:
-    """Kill whatever is left of a start. A launcher ends its ranks one after the other, and none that is stopped."""
+def _tear_down(job: Job, start: Start) -> None:
+    """Kill whatever is left of a start. A launcher ends its ranks one after the other, and none that is stopped.
+
+    Ranks on a host that ssh does not reach end by themselves: they see in the run folder that they have been given up.
+    """
     with contextlib.suppress(psutil.Error):
         start.seen.add(psutil.Process(start.process.pid))
         start.seen.update(psutil.Process(start.process.pid).children(recursive=True))
@@ -194,10 +235,14 @@ def _tear_down(start: Start, hosts: Sequence[Host]) -> None:
     for process in start.seen:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    if len(hosts) > 1:
-        kill_remote([beat for beat in beats if beat.host != socket.gethostname()])
+    remote = [beat for beat in beats if beat.host != socket.gethostname()]
+    if start.placement is not None and remote:
+        declare_ended(job.run_dir, remote[0].attempt)
+        kill_remote(remote, start.placement.names)
     psutil.wait_procs(list(start.seen), timeout=10)
     start.process.wait()
+    if remote and not wait_until_free(job.run_dir, _LOCK_SECONDS):
+        logger.warning("a rank on another host still owns %s; the next start may be refused", job.run_dir)
 
 
 def judge(run_dir: Path, start: Start) -> tuple[int, str]:

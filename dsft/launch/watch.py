@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 STOP_FILE_NAME = "stop"
 """A file of this name in the run folder asks the run to stop. A number in it: so many seconds are left for that."""
+ENDED_FILE_NAME = "ended"
+"""Names the attempt that the supervisor has given up. Its ranks may live on a host that ssh does not reach any more."""
 _INTERVAL_SECONDS = 1.0
 
 
@@ -85,6 +87,7 @@ class Watch:
     def _run(self) -> None:
         while not self._ended.wait(_INTERVAL_SECONDS):
             self._look()
+            self._end_if_given_up()
             self._say_request()
             if self._heartbeat is not None:
                 self._heartbeat.beat(self._progress)
@@ -102,6 +105,17 @@ class Watch:
             self._look_for_file(self._folder.path / STOP_FILE_NAME)
             if self._limit is not None and time.monotonic() > self._limit - self._stop_seconds():
                 self._stop.request("--max-seconds")
+
+    def _end_if_given_up(self) -> None:
+        """Another start goes on, or soon will: this one must not write into the run folder any more."""
+        if self._folder is None:
+            return
+        try:
+            ended = (self._folder.path / ENDED_FILE_NAME).read_text()
+        except OSError:  # none, or the file system is away for the moment
+            return
+        if ended.strip() == self._folder.attempt:
+            self._end("the supervisor has given this start up, and another one goes on")
 
     def _say_request(self) -> None:
         """A person who presses Ctrl-C and sees nothing presses it again, and the second one saves nothing."""
@@ -186,3 +200,8 @@ def ask_to_stop(run_dir: Path, seconds: float | None) -> None:
     path = run_dir / STOP_FILE_NAME
     if not path.exists():  # whole or not at all: a reader must not take half a number for it
         write_bytes(path, b"" if seconds is None else f"{seconds:.1f}\n".encode())
+
+
+def declare_ended(run_dir: Path, attempt: str) -> None:
+    """Tell the ranks of a start, wherever they live, that they have been given up."""
+    write_bytes(run_dir / ENDED_FILE_NAME, attempt.encode())

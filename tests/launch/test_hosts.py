@@ -8,20 +8,20 @@ import pytest
 
 from dsft.config.hostfile import Host, parse_hostfile
 from dsft.errors import LaunchError
-from dsft.launch.hosts import reachable, write_hostfile
-from dsft.launch.supervise import Job, usable_hosts
+from dsft.launch.checks import Wanted
+from dsft.launch.hosts import write_hostfile
+from dsft.launch.preflight import place
 from tests.support.launch import need
 
 HOSTS = (Host("nowhere-1.invalid", 2), Host("nowhere-2.invalid", 4))
 
 
-def test_hosts_that_do_not_answer_are_left_out_down_to_the_number_that_was_asked_for(tmp_path: Path) -> None:
-    need("ssh")
-    assert reachable(HOSTS) == ()
-    job = Job(tmp_path, ("train", "run.yaml"), hosts=HOSTS, min_nodes=1)
-    with pytest.raises(LaunchError, match="only 0 of 2 hosts answer over ssh, and --min-nodes asks for 1: nowhere-1"):
-        usable_hosts(job)
-    assert usable_hosts(Job(tmp_path, (), hosts=HOSTS)) == HOSTS, "without --min-nodes nobody is asked"
+def test_hosts_that_do_not_answer_are_named_with_what_to_do() -> None:
+    need("ssh", "pdsh")
+    with pytest.raises(LaunchError, match="only 0 of 2 hosts answer, and --min-nodes asks for 1: nowhere-1"):
+        place(HOSTS, Wanted(), min_nodes=1, master_addr=None)
+    with pytest.raises(LaunchError, match=r"nowhere-1.invalid: no such host is known here. Correct the name in the"):
+        place(HOSTS, Wanted(), min_nodes=None, master_addr=None)
 
 
 def test_the_hosts_of_a_start_are_written_for_deepspeed(tmp_path: Path) -> None:

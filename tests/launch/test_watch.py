@@ -17,11 +17,11 @@ import pytest
 from dsft.launch import heartbeat, watch
 from dsft.launch.ancestors import Ancestor, Launcher
 from dsft.launch.heartbeat import Beat, limit_seconds, read_beats, read_stack
-from dsft.launch.owner import STATE_NAME, read_run_state, take_run_folder
+from dsft.launch.owner import STATE_NAME, read_run_state, take_run_folder, wait_until_free
 from dsft.launch.progress import Progress
 from dsft.launch.stop import StopFlag
 from dsft.launch.vigil import Vigil
-from dsft.launch.watch import STOP_FILE_NAME, Watch, ask_to_stop
+from dsft.launch.watch import STOP_FILE_NAME, Watch, ask_to_stop, declare_ended
 from tests.support.alone import ALONE
 
 LIMIT_SECONDS = 60.0
@@ -72,6 +72,17 @@ def test_a_stop_file_asks_and_an_old_one_does_not(tmp_path: Path, seconds: float
     ask_to_stop(tmp_path, seconds)
     assert exit_code(pid) == code
     assert not (tmp_path / STOP_FILE_NAME).exists()
+
+
+def test_a_start_that_was_given_up_ends_at_once_and_another_one_does_not(tmp_path: Path) -> None:
+    declare_ended(tmp_path, "an older attempt")
+    pid = child(tmp_path, wait_for_stop)
+    until(lambda: any(beat.number > 2 for beat in read_beats(tmp_path).values()))
+    assert not wait_until_free(tmp_path, 0.5), "a rank owns the folder"
+    (beat,) = read_beats(tmp_path).values()
+    declare_ended(tmp_path, beat.attempt)
+    assert exit_code(pid) == 75
+    assert wait_until_free(tmp_path, 0.5)
 
 
 def test_the_death_of_the_launcher_asks_with_a_deadline(tmp_path: Path) -> None:
