@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 import dsft.errors
-from dsft.errors import DsftError, LaunchError, TrainingError
+from dsft.errors import DsftError, LaunchError, RankLostError, TrainingError
 from dsft.world import World, check_world_size, discover_world
 
 if TYPE_CHECKING:
@@ -178,9 +178,9 @@ def _wait(work: torch.distributed.Work) -> None:
         raise _rank_lost(error) from error
 
 
-def _rank_lost(error: RuntimeError) -> TrainingError:
+def _rank_lost(error: RuntimeError) -> RankLostError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return TrainingError(
+    return RankLostError(
         f"another rank is gone or did not answer ({reason}). Its own output, above this line or in its log, says why; "
         "this rank cannot go on without it."
     )

@@ -67,6 +67,10 @@ class TrainingError(DsftError):
     """Training itself went wrong: ranks disagree on the data, or too many steps in a row were not finite."""
 
 
+class RankLostError(TrainingError):
+    """Another rank is gone. A consequence: that rank's own error, if it has one, is the cause."""
+
+
 class StoppedEarly(DsftError):  # noqa: N818  (not an error: the run is whole and can go on)
     """The run stopped on request with everything saved; start it again to go on."""
 

@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "launch": ("dsft.cli.launch:command", "Run deepspeed; start it again when it fails or hangs."),
     "doctor": ("dsft.cli.doctor:command", "Check the hosts of a run; every failing line says what to do."),
     "slurm": ("dsft.cli.slurm:command", "Write the batch script of a run: saved, requeued, resumed."),
+    "logs": ("dsft.cli.logs:command", "What the ranks of a run said; followed, filtered."),
     "ckpt": ("dsft.cli.ckpt:command", "List, check, show and compare checkpoints; import DeepSpeed's."),
     "eval": ("dsft.cli.evaluate:command", "Measure held-out sets on a model or checkpoint; compare two."),
     "export": ("dsft.cli.export:command", "Write a checkpoint as a Hugging Face folder."),

@@ -31,6 +31,7 @@ from dsft.launch.environment import FILE_VARIABLE, environment_files, remove_sec
 from dsft.launch.hosts import kill_remote, write_hostfile
 from dsft.launch.owner import read_run_state, wait_until_free
 from dsft.launch.preflight import Placement, place
+from dsft.launch.rank_log import first_error
 from dsft.launch.stop import StopFlag
 from dsft.launch.vigil import Vigil, local_process
 from dsft.launch.watch import ask_to_stop, declare_ended, standing
@@ -246,17 +247,23 @@ def _tear_down(job: Job, start: Start) -> None:
 
 
 def judge(run_dir: Path, start: Start) -> tuple[int, str]:
-    """The exit code of a start and why, from the run's own record; the launcher's code only where there is none."""
+    """The exit code of a start and why, from the run's own record; the launcher's code only where there is none.
+
+    Why: the error of the rank that failed first, which the console has long scrolled away.
+    """
     if start.hang is not None:
         return EXIT_RUN_FAILED, start.hang
     state: dict[str, Any] | None = read_run_state(run_dir)
     code = start.process.returncode
     if state is None or state["attempt"] == start.old_attempt:
         return (code if code > 0 else EXIT_RUN_FAILED), f"deepspeed ended with {code} before the run began (see above)"
+    failed = first_error(run_dir, state["attempt"]) if state["status"] in ("running", "failed") else None
+    if state["status"] == "running" and failed is not None and not failed.is_consequence:
+        return EXIT_RUN_FAILED, failed.describe()
     if state["status"] == "running":
         return EXIT_RUN_FAILED, f"the run died without a word after step {state['step']} (deepspeed ended with {code})"
     what = state.get("error") or f"{state['status']} after step {state['step']}"
-    return int(state["exit_code"]), str(what)
+    return int(state["exit_code"]), str(what) if failed is None else failed.describe()
 
 
 def _committed(run_dir: Path) -> int | None:

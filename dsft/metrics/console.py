@@ -28,7 +28,8 @@ def set_up_logging(*, is_main: bool, who: str) -> None:
     root = logging.getLogger("dsft")
     root.handlers[:] = [handler]
     root.propagate = False
-    root.setLevel(logging.INFO if is_main else logging.WARNING)
+    handler.setLevel(logging.INFO if is_main else logging.WARNING)
+    root.setLevel(logging.INFO)  # a rank's own file keeps all of it
 
 
 class Console:

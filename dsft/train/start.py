@@ -28,6 +28,7 @@ from dsft.launch.ancestors import Launcher
 from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
 from dsft.launch.owner import RunFolder, RunStatus, read_run_state, take_run_folder
 from dsft.launch.progress import Progress
+from dsft.launch.rank_log import RankLog
 from dsft.launch.stop import StopFlag
 from dsft.launch.watch import Watch
 from dsft.metrics.console import Console, set_up_logging
@@ -131,8 +132,11 @@ def start(config: RunConfig, options: Options, *, launcher: Launcher, local_rank
         groups = _join(config, options, world, deepspeed_config, device_type, phases)
         folder = take_run_folder(Path(config.run.dir), groups)
         watch.take(folder)
+        log = RankLog(folder.path, world.rank, folder.attempt)
         state: TrainState | None = None
         try:
+            with groups.together():
+                log.open()
             rank = Rank(groups, device_type, deepspeed_config, folder, stop, progress, phases)
             ready = _set_up(config, options, rank)
             if ready is None:
@@ -140,11 +144,13 @@ def start(config: RunConfig, options: Options, *, launcher: Launcher, local_rank
             run, state = ready
             return _train(run, state, folder)
         except BaseException as error:
+            log.write_error(error)
             if not options.dry_run:
                 _write_failure(folder, None if state is None else state.step, error)
             raise
         finally:
             watch.leave()
+            log.close()
             folder.release()
 
 
