@@ -315,7 +315,8 @@ def _network(there: Sequence[Probed], wanted: Wanted) -> Iterable[Finding]:
         text = f"{_names(lost)} does not know the name {first} of the host of rank 0"
         yield Finding("interface", "warning", text, f"Add {first} to DNS or /etc/hosts there, or give --master_addr.")
     if not is_wrong:
-        chosen = [f"{name} {_chosen(report, wanted.environ)}" for name, report in reports]
+        known = {report["first"]["address"] for _, report in reports[1:]}
+        chosen = [f"{name} {_chosen(report, wanted.environ, known)}" for name, report in reports]
         yield Finding("interface", "ok", _names(chosen))
     if wanted.port is not None and not reports[0][1]["is_port_free"]:
         text = f"{first}: port {wanted.port} is taken by another program"
@@ -329,11 +330,12 @@ def _matches(value: str, interfaces: Mapping[str, str]) -> bool:
     return any(one.startswith(name) for one in interfaces for name in value.split(","))
 
 
-def _chosen(report: dict[str, Any], environ: Mapping[str, str]) -> str:
+def _chosen(report: dict[str, Any], environ: Mapping[str, str], known: set[str | None]) -> str:
+    """What :func:`dsft.dist.choose_interface` will take; ``known`` are addresses of the host of rank 0."""
     if "GLOO_SOCKET_IFNAME" in environ:
         return environ["GLOO_SOCKET_IFNAME"]
-    own = report["first"]["own"]
-    return next((name for name, address in report["interfaces"].items() if address == own), "?")
+    own = {report["first"]["own"], *known}
+    return next((name for name, address in report["interfaces"].items() if address in own and name != "lo"), "lo")
 
 
 def _ops(there: Sequence[Probed], wanted: Wanted) -> Iterable[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -110,6 +111,19 @@ def test_the_losses_are_those_of_one_rank_alone(runs: Runs, launcher: str) -> No
 @pytest.mark.cluster
 def test_the_losses_under_srun_on_two_nodes(runs: Runs, slurm: dict[str, str]) -> None:
     assert runs.finish("slurm", slurm) == pytest.approx(runs.finish("alone"), rel=1e-5)
+
+
+@pytest.mark.cluster
+def test_the_doctor_asks_every_node_of_a_slurm_job_and_measures_their_network(
+    runs: Runs, slurm: dict[str, str]
+) -> None:
+    log = runs.folder / "doctor.log"
+    words = ["salloc", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "dsft", "doctor", "--slurm"]
+    assert exit_code([*words, "--folder", str(runs.folder)], log, slurm, LIMIT_SECONDS) == 0, log.read_text()
+    said = log.read_text()
+    assert re.search(r"ok +reachable +2 hosts answered", said)
+    assert re.search(r"ok +folder \S+ +shared and written by every host", said)
+    assert re.search(r"ok +bandwidth +all-reduce [\d,]+ MB/s", said)
 
 
 def test_a_hostfile_that_is_not_there_is_caught_by_the_world_size(runs: Runs) -> None:

@@ -51,7 +51,7 @@ mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 mount --bind {etc} /etc/ssh
-mount --bind {folder}/hosts /etc/hosts
+mount --bind {etc}/hosts /etc/hosts
 [ ! -d ~/.ssh ] || mount -t tmpfs tmpfs ~/.ssh
 ip link set lo up
 {extra}
@@ -129,8 +129,6 @@ def network(folder: Path, names: Sequence[str], extra: Mapping[str, str] | None 
     for kind in ("key", "other_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / kind)], check=True)
     addresses = {name: f"10.77.0.{number}" for number, name in enumerate(names, start=1)}
-    lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
-    (folder / "hosts").write_text("\n".join(lines) + "\n")
     with ExitStack() as stack:
         switch = stack.enter_context(_held([*_TIED, "unshare", "--net", "sleep", "infinity"]))
         _wait_for(lambda: _net_of(switch.pid) != _net_of(os.getpid()), "the switch")
@@ -138,9 +136,7 @@ def network(folder: Path, names: Sequence[str], extra: Mapping[str, str] | None 
         _in_network(switch.pid, "ip", "link", "set", "switch", "up")
         hosts = {}
         for name, address in addresses.items():
-            process = stack.enter_context(
-                _held(_host_command(folder, name, list(addresses), (extra or {}).get(name, "")))
-            )
+            process = stack.enter_context(_held(_host_command(folder, name, addresses, (extra or {}).get(name, ""))))
             _wait_for((folder / f"{name}.ready").exists, name)
             (init,) = psutil.Process(process.pid).children()
             _connect(switch.pid, init.pid, name, address)
@@ -148,7 +144,7 @@ def network(folder: Path, names: Sequence[str], extra: Mapping[str, str] | None 
         yield Network(switch.pid, hosts)
 
 
-def _host_command(folder: Path, name: str, names: list[str], extra: str) -> list[str]:
+def _host_command(folder: Path, name: str, addresses: Mapping[str, str], extra: str) -> list[str]:
     etc = folder / f"{name}.etc"
     etc.mkdir()
     key = (folder / "key").read_text()
@@ -156,9 +152,12 @@ def _host_command(folder: Path, name: str, names: list[str], extra: str) -> list
     (etc / "ssh_config").write_text(_SSH_CONFIG)
     (etc / "sshd_config").write_text(_SSHD_CONFIG)
     (etc / "authorized_keys").write_text(public)
-    (etc / "known_hosts").write_text("".join(f"{one} {public}" for one in names))
+    (etc / "known_hosts").write_text("".join(f"{one} {public}" for one in addresses))
     (etc / "key").write_text(key)
     (etc / "key").chmod(0o600)
+    # A host's own name is a loopback address to itself, as the installers of Debian and Ubuntu set it up.
+    known = {**addresses, name: "127.0.1.1", "localhost": "127.0.0.1"}
+    (etc / "hosts").write_text("".join(f"{address} {one}\n" for one, address in known.items()))
     script = folder / f"{name}.sh"
     script.write_text(_INIT.format(name=name, etc=etc, folder=folder, extra=extra))
     spaces = ("--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
