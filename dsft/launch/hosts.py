@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5")
 LIMIT_SECONDS = 18.0
+_MORE_SECONDS = 0.3
+"""For each further command: what an ssh client takes of a processor here, and a login host may have few of them."""
 SSH_FAILED = 255
 """Exit code of ssh where it did not get as far as the command (ssh(1))."""
 
@@ -41,8 +43,13 @@ class Answer:
 
 
 def ask_all(commands: Sequence[Sequence[str]], text: str = "", limit_seconds: float = LIMIT_SECONDS) -> list[Answer]:
-    """Run commands at the same time, each with ``text`` on its standard input; their answers, in their order."""
+    """Run commands at the same time, each with ``text`` on its standard input; their answers, in their order.
+
+    Args:
+        limit_seconds: for one alone; many together get more.
+    """
     answers: list[Answer | None] = [None] * len(commands)
+    limit_seconds += _MORE_SECONDS * (len(commands) - 1)
     sent = time.time()
 
     def ask(number: int) -> None:
