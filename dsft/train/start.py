@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 _LAST_WORDS = {
     "finished": "finished after step %d; everything is saved",
-    "early_stop": "ended early after step %d, because a held-out loss rises (see the warning); everything is saved",
+    "early_stop": "ended early after step %d, because of what was evaluated (see the warning); everything is saved",
     "stopped": "stopped on request after step %d; everything is saved: go on with --resume auto",
     "out_of_time": "stopped on request after step %d, too late to save it (see above): go on with --resume auto",
 }

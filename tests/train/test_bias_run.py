@@ -25,11 +25,11 @@ model:
   tokenizer: {folder}/tokenizer
   dtype: fp32
 data: {{pack_tokens: 64, sources: [{{name: text, path: {folder}/{name}.jsonl}}]}}
-train: {{steps: 120, global_batch_packs: 2, lr: 3e-3, schedule: {{kind: constant}}}}
+train: {{steps: 160, global_batch_packs: 2, lr: 3e-3, schedule: {{kind: constant}}}}
 deepspeed: {{zero_optimization: {{stage: 1}}}}
 evaluate:
   at_start: true
-  every_steps: 60
+  every_steps: 120
   bias: [{{name: jobs, kind: templates, max_rise: 0.15, on_rise: stop}}]
 """
 
@@ -56,4 +56,4 @@ def test_an_unfair_run_ends_at_its_limit(folder: Path, name: str) -> None:
     warnings = [line["message"] for line in lines if line["kind"] == "warning" and "bias test" in line["message"]]
     assert (found[0]["step"], found[0]["change"]) == (0, 0.0)
     assert bool(warnings) == (name == "unfair")
-    assert found[-1]["step"] == (60 if name == "unfair" else 120), [one["change"] for one in found]
+    assert found[-1]["step"] == (120 if name == "unfair" else 160), [one["change"] for one in found]
