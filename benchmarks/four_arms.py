@@ -84,7 +84,7 @@ def common(folder: Path, tokens: int, lr: float) -> dict[str, Any]:
     return {
         "train": {
             "tokens": tokens,
-            "global_batch_packs": 8,
+            "global_batch_packs": 2,
             "micro_batch_packs": 2,
             "lr": lr,
             "schedule": {
@@ -107,11 +107,11 @@ def make_base(folder: Path, general: Path, tokens: int) -> Path:
         "config": {
             "model_type": "llama",
             "vocab_size": VOCAB_TOKENS,
-            "hidden_size": 192,
-            "intermediate_size": 512,
+            "hidden_size": 128,
+            "intermediate_size": 384,
             "num_hidden_layers": 2,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
             "max_position_embeddings": 1024,
             "initializer_range": 0.06,
             "tie_word_embeddings": True,
@@ -142,11 +142,11 @@ def advise(folder: Path, base: Path, general: General, corpus: Corpus, name: str
 def held_out(out: Path, answers: int) -> dict[str, Any]:
     """The sets of every arm."""
     sets: list[dict[str, Any]] = [
-        {"name": name, "path": str(out / "data" / name / "held_out.jsonl"), "max_documents": 60}
+        {"name": name, "path": str(out / "data" / name / "held_out.jsonl"), "max_documents": 30}
         for name in ("text", "general")
     ]
     path = str(out / "data" / "pairs" / "held_out.jsonl")
-    sets.append({"name": "pairs", "path": path, "format": "messages", "generate": answers, "max_new_tokens": 48})
+    sets.append({"name": "pairs", "path": path, "format": "messages", "generate": answers, "max_new_tokens": 32})
     return {"sets": sets, "bias": [{"name": "jobs", "kind": "templates"}]}
 
 
@@ -297,26 +297,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the result to this file too")
     parser.add_argument("--work", type=Path, help="keep data and runs in this new folder")
     options = parser.parse_args()
-    budget = Budget(600_000, 200_000, (1, 2, 3), 120) if options.full else Budget(150_000, 50_000, (1,), 40)
+    budget = Budget(300_000, 80_000, (1, 2, 3), 64) if options.full else Budget(60_000, 20_000, (1,), 24)
     started = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="dsft-four-arms-")) if options.work is None else options.work
     general, corpora = make_data(folder / "data")
     base = make_base(folder, general.base, budget.base_tokens)
     names = ("library", "reference", "numpy") if options.full else ("library",)
-    advice = {name: advise(folder, base, general, corpora[name], name) for name in names}
     result: dict[str, Any] = {"budget": {**vars(budget), "lr": LR, "margin_f1": MARGIN}, "corpora": {}}
-    if options.full:
-        result["altered"] = altered(folder, base, general, corpora["library"])
     for name in names:
+        advice = advise(folder, base, general, corpora[name], name)  # before any of its arms
+        print(f"{name}: advice: {advice['method']} ({advice['verdict']['rule']})", flush=True)
         arms = run_arms(folder, base, corpora[name], budget, budget.seeds if name == "library" else budget.seeds[:1])
-        verdict = judge(advice[name], arms)
+        verdict = judge(advice, arms)
         print(table(name, arms, verdict), flush=True)
-        result["corpora"][name] = {"arms": arms, "advice": verdict, "evidence": advice[name]["evidence"]}
-    result["arms"] = result["corpora"]["library"]["arms"]
-    result["seconds"] = time.perf_counter() - started
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        result["corpora"][name] = {"arms": arms, "advice": verdict, "evidence": advice["evidence"]}
+        if name == "library":
+            result["arms"] = arms
+            result["altered"] = altered(folder, base, general, corpora[name]) if options.full else {}
+            print(json.dumps(result["altered"], indent=1), flush=True)
+        result["seconds"] = time.perf_counter() - started
+        if options.out is not None:  # after each corpus, so that a run that is cut off leaves what it had
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
     if options.work is None:
         shutil.rmtree(folder)
     print(json.dumps(result))

@@ -13,6 +13,7 @@ from dsft.demo.corpus import Module, cut, language_reference, library_modules
 from dsft.demo.definitions import pairs_of_module
 
 _TEXT_CHARACTERS = 4_000
+_MOST_TEXTS, _MOST_PAIRS = 600, 3_000
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ def write(path: Path, records: Iterable[dict[str, Any]]) -> Path:
 def texts_of(modules: Sequence[Module]) -> list[dict[str, str]]:
     """Raw text of modules, cut at definitions."""
     return [{"text": part} for module in modules for part in cut(module.source, _TEXT_CHARACTERS) if part.strip()]
+
+
+def spread(items: list[Any], most: int) -> list[Any]:
+    """At most so many, evenly over all."""
+    count = min(most, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def conversation(question: str, answer: str) -> dict[str, Any]:
@@ -99,7 +106,11 @@ def make_data(folder: Path) -> tuple[General, dict[str, Corpus]]:
         "numpy": (texts_of(numpy_modules()), pairs_of(numpy_modules())),
     }
     corpora = {
-        name: Corpus(name, write(folder / f"{name}-text.jsonl", texts), write(folder / f"{name}-pairs.jsonl", pairs))
+        name: Corpus(
+            name,
+            write(folder / f"{name}-text.jsonl", spread(texts, _MOST_TEXTS)),
+            write(folder / f"{name}-pairs.jsonl", spread(pairs, _MOST_PAIRS)),
+        )
         for name, (texts, pairs) in contents.items()
     }
     texts = texts_of(general)
