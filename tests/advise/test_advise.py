@@ -78,10 +78,10 @@ def test_what_it_writes_trains(folder: Path) -> None:
     shares = [sum(stage.weights.values()) for stage in config.data.stages]
     assert shares == pytest.approx([1.0, 1.0])
     assert {one.name for one in config.evaluate.sets} >= {"held-out-text", "held-out-pairs", "learned-by-heart"}
-    few = ["--set", "train.tokens=24000", "--set", "data.stages.0.until_tokens=8000", "--set", "evaluate.every_steps=9"]
+    few = ["--set", "train.tokens=12000", "--set", "data.stages.0.until_tokens=4000", "--set", "evaluate.every_steps=9"]
     few += ["--set", "evaluate.sets.1.generate=4", "--set", "evaluate.at_stage_ends=false", "--set", "train.lr=3e-3"]
-    short = ["--set", "data.stages.1.until_tokens=24000", "--set", "train.schedule.warmup_tokens=500"]
-    decay = ["--set", "train.schedule.decay_tokens=16000", "--set", "train.global_batch_packs=8"]
+    short = ["--set", "data.stages.1.until_tokens=12000", "--set", "train.schedule.warmup_tokens=500"]
+    decay = ["--set", "train.schedule.decay_tokens=8000", "--set", "train.global_batch_packs=4"]
     _dsft(folder, "train.log", "train", str(folder / "out" / "run.yaml"), *few, *short, *decay)
     lines = [json.loads(line) for line in (folder / "out" / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "step"]
