@@ -21,7 +21,7 @@ EXIT_INTERRUPTED = 130
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("dsft.cli.demo:command", "Train, evaluate and export a small model on an embedded corpus."),
     "prepare": ("dsft.cli.prepare:command", "Turn the raw data of a run into token stores."),
-    "advise": ("dsft.cli.advise:command", "Supervised, unsupervised or both: measure, recommend, write the run."),
+    "advise": ("dsft.cli.advise:command", "Supervised or unsupervised? Measures, says why, writes the run."),
     "estimate": ("dsft.cli.estimate:command", "Memory, time and cost of a run, before it is started."),
     "train": ("dsft.cli.train:command", "Train as a YAML file says; the same command under every launcher."),
     "launch": ("dsft.cli.launch:command", "Run deepspeed; start it again when it fails or hangs."),

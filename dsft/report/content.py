@@ -35,7 +35,7 @@ class Verdict:
     Attributes:
         before, after: at the first and the last evaluation; the intervals are 95 %, None where none was recorded.
         word: ``better``, ``worse``, ``no difference shown`` (the intervals overlap), ``no interval``, or ``measured
-            once``.
+            once``; of a bias test ``risen`` or ``fallen`` (the interval of the change does not contain 0).
     """
 
     set_name: str
@@ -126,6 +126,9 @@ def verdicts(history: History) -> list[Verdict]:
         for score in [*_SCORES, *last.get("scores", {})]:
             if _value(first, score) is not None and _value(last, score) is not None:
                 found.append(_verdict(name, score, first, last))
+    for name in dict.fromkeys(record["set"] for record in history.bias):
+        records = [record for record in history.bias if record["set"] == name]
+        found.append(_bias_verdict(records[0], records[-1]))
     return found
 
 
@@ -165,6 +168,23 @@ def _verdict(name: str, score: str, first: dict[str, Any], last: dict[str, Any])
     else:
         word = "better" if (after > before) == more_is_better else "worse"
     return Verdict(name, score, before, after, a, b, first["step"], last["step"], word)
+
+
+def _bias_verdict(first: dict[str, Any], last: dict[str, Any]) -> Verdict:
+    """By the paired interval of the change, from the record. A fall is not called better: see docs/evaluation.md."""
+    low, high = last["change_interval"]
+    word = "measured once" if first is last else "risen" if low > 0 else "fallen" if high < 0 else "no difference shown"
+    intervals = (_interval(first, "value"), _interval(last, "value"))
+    return Verdict(
+        last["set"],
+        f"bias: {last['test']}",
+        first["value"],
+        last["value"],
+        *intervals,
+        first["step"],
+        last["step"],
+        word,
+    )
 
 
 def _value(record: dict[str, Any], score: str) -> float | None:

@@ -10,6 +10,9 @@ from typing import Any
 from dsft.errors import DataError
 from dsft.metrics.recorder import METRICS_NAME
 
+_KINDS = ("step", "evaluation", "bias", "checkpoint", "warning", "resume")
+"""Of records, in the order of :class:`History`'s fields."""
+
 
 @dataclass(frozen=True, slots=True)
 class History:
@@ -17,7 +20,7 @@ class History:
 
     Attributes:
         config: the resolved configuration. state: ``run_state.json``.
-        steps, evaluations, checkpoints, warnings: of the lineage that was kept.
+        steps, evaluations, bias, checkpoints, warnings: of the lineage that was kept.
         resumes: every start that went on from a checkpoint.
     """
 
@@ -26,6 +29,7 @@ class History:
     state: dict[str, Any]
     steps: tuple[dict[str, Any], ...]
     evaluations: tuple[dict[str, Any], ...]
+    bias: tuple[dict[str, Any], ...]
     checkpoints: tuple[dict[str, Any], ...]
     warnings: tuple[dict[str, Any], ...]
     resumes: tuple[dict[str, Any], ...]
@@ -54,22 +58,18 @@ def read_history(folder: Path) -> History:
             f"{folder} is not the folder of a run that has begun ({error.strerror}: {error.filename}); give run.dir of "
             "its YAML file."
         ) from error
-    kinds: dict[str, list[dict[str, Any]]] = {
-        kind: [] for kind in ("step", "evaluation", "checkpoint", "warning", "resume")
-    }
+    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _KINDS}
     for number, line in enumerate(lines[:-1], start=1):  # what has no newline is being written, or was cut off
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error.msg}); the file is damaged.") from error
         if record.get("kind") == "resume":
-            for kind in ("step", "evaluation", "checkpoint"):
+            for kind in ("step", "evaluation", "bias", "checkpoint"):
                 kinds[kind] = [kept for kept in kinds[kind] if kept["step"] <= record["step"]]
         if record.get("kind") in kinds:
             kinds[record["kind"]].append(record)
-    return History(
-        folder, config, state, *(tuple(kinds[k]) for k in ("step", "evaluation", "checkpoint", "warning", "resume"))
-    )
+    return History(folder, config, state, *(tuple(kinds[kind]) for kind in _KINDS))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

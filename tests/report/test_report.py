@@ -82,6 +82,17 @@ def test_verdicts_follow_the_intervals(folder: Path) -> None:
     assert verdicts(read_history(write_run(folder, records)))[0].word == "no interval"
 
 
+@pytest.mark.parametrize(
+    ("interval", "word"), [([0.1, 0.3], "risen"), ([-0.3, -0.1], "fallen"), ([-0.1, 0.3], "no difference shown")]
+)
+def test_a_bias_test_is_judged_by_its_change(folder: Path, interval: list[float], word: str) -> None:
+    first = {"kind": "bias", "step": 0, "set": "jobs", "test": "templates", "value": 0.5, "change_interval": [0.0, 0.0]}
+    run = write_run(folder, [first, {**first, "step": 9, "value": 0.7, "change_interval": interval}])
+    (one,) = verdicts(read_history(run))
+    assert (one.set_name, one.score, one.word) == ("jobs", "bias: templates", word)
+    assert word in html_page(read_history(run))
+
+
 class _Strict(HTMLParser):
     """Open elements are closed in order; what could load something is collected."""
 
