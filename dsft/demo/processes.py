@@ -56,11 +56,11 @@ def deepspeed_command(arguments: Sequence[str], num_ranks: int) -> list[str]:
     return [*launcher, "--num_gpus", str(num_ranks), "--master_port", str(free_port()), "--module", "dsft", *arguments]
 
 
-def launch_environment(num_gpus: int) -> dict[str, str]:
-    """This environment; without a GPU DeepSpeed is told so, and each rank computes with one thread."""
+def launch_environment(num_gpus: int, num_threads: int) -> dict[str, str]:
+    """This environment; without a GPU DeepSpeed is told so, and each rank computes with ``num_threads``."""
     environment = dict(os.environ)
     if num_gpus == 0:
-        environment.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+        environment.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS=str(num_threads))
     return environment
 
 
@@ -78,7 +78,7 @@ def run_streaming(command: Sequence[str], environment: dict[str, str]) -> int:
             with contextlib.suppress(psutil.NoSuchProcess):
                 descendants = psutil.Process(process.pid).children(recursive=True)
     finally:
-        _kill([*descendants, psutil.Process(process.pid)] if process.poll() is None else descendants)
+        end_processes([*descendants, psutil.Process(process.pid)] if process.poll() is None else descendants)
 
 
 def free_port() -> int:
@@ -89,11 +89,15 @@ def free_port() -> int:
     return port
 
 
-def _kill(processes: Sequence[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(list(processes), timeout=5.0)
+def end_processes(processes: Sequence[psutil.Process], *, at_once: bool = False) -> None:
+    """End ``processes`` and wait for it: by SIGTERM and, five seconds later or ``at_once``, by SIGKILL."""
+    alive = list(processes)
+    if not at_once:
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, alive = psutil.wait_procs(alive, timeout=5.0)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    psutil.wait_procs(alive, timeout=5.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,16 +15,19 @@ from dsft.config.load import load_config
 from dsft.demo.answers import Answered, Scores, answer_questions, score
 from dsft.demo.bigram import bits_per_byte
 from dsft.demo.corpus import make_corpus, read_records
+from dsft.demo.crash import Crash, read_crash, run_until_killed
 from dsft.demo.processes import PeakMemory, deepspeed_command, launch_environment, run_streaming
-from dsft.demo.run_config import TEXT_SET, write_run_config
+from dsft.demo.run_config import LOG_EVERY_STEPS, SAVE_EVERY_STEPS, TEXT_SET, write_run_config
 from dsft.demo.summary import Summary, judge, read_measurements, show, to_json
 from dsft.demo.tokenizer import VOCAB_TOKENS, make_tokenizer
 from dsft.errors import TrainingError
+from dsft.metrics.recorder import METRICS_NAME
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _NUM_RANKS = 2
+_KILL_STEP = SAVE_EVERY_STEPS + 4 * LOG_EVERY_STEPS
 _NUM_QUESTIONS = 120
 _NUM_EXAMPLES = 3
 _PAIRS_A_TEXT = 5
@@ -72,24 +75,24 @@ def run_demo(folder: Path, console: Console) -> Summary:
             _make_tokenizer(corpus, tokenizer)
         config = folder / "run.yaml"
         write_run_config(config, corpus=corpus, tokenizer=tokenizer, run_dir=run_dir)
-        num_ranks, device = _train(config, watch)
+        crash, device = _train(config, run_dir / METRICS_NAME, watch)
         with watch.part("bigram", "the baseline over the same tokens"):
             bigram = _bigram(folder / "store")
         with watch.part("export", f"dsft export {run_dir} {exported} --dtype fp32"):
             _export(run_dir, exported)
         with watch.part("answers", f"{_NUM_QUESTIONS} held-out questions, in plain transformers"):
             scores, examples = _answer(exported, corpus)
-    measured = read_measurements(run_dir / "metrics.jsonl")
+    measured = read_measurements(run_dir / METRICS_NAME)
     summary = Summary(
         corpus=counts,
         bigram_bits_per_byte=bigram,
         measured=measured,
         scores=scores,
         examples=examples,
-        claims=judge(measured, bigram, scores),
+        crash=crash,
+        claims=judge(measured, bigram, scores, crash),
         seconds=watch.stop(),
         peak_bytes=memory.peak_bytes,
-        num_ranks=num_ranks,
         device=device,
     )
     fsio.write_json(folder / "summary.json", to_json(summary))
@@ -111,21 +114,28 @@ def _make_tokenizer(corpus: Path, folder: Path) -> None:
     make_tokenizer(mixed, folder, (corpus / "manifest.json").read_text())
 
 
-def _train(config: Path, watch: Stopwatch) -> tuple[int, str]:
-    """Launch the training run; returns the number of ranks and the name of the device."""
+def _train(config: Path, metrics: Path, watch: Stopwatch) -> tuple[Crash, str]:
+    """The training run, killed in its last stage and resumed on fewer ranks; also returns the name of the device."""
     import torch
 
     load_config(config, ())  # a bad configuration is said here, not by two ranks
     num_gpus = torch.cuda.device_count()
-    num_ranks = min(_NUM_RANKS, num_gpus) if num_gpus else _NUM_RANKS
     device = torch.cuda.get_device_name(0) if num_gpus else "cpu"
-    line = shlex.join(["deepspeed", "--num_gpus", str(num_ranks), "--module", "dsft", "train", str(config)])
-    with watch.part("training", line):
-        command = deepspeed_command(["train", str(config)], num_ranks)
-        exit_code = run_streaming(command, launch_environment(num_gpus))
+    num_ranks = min(_NUM_RANKS, num_gpus) if num_gpus else _NUM_RANKS
+    command = deepspeed_command(["train", str(config)], num_ranks)
+    with watch.part("training", _shown(command)):
+        run_until_killed(command, launch_environment(num_gpus, 1), metrics, _KILL_STEP)
+    command = deepspeed_command(["train", str(config), "--resume", "auto"], 1)
+    with watch.part("after kill -9", _shown(command)):
+        exit_code = run_streaming(command, launch_environment(num_gpus, _NUM_RANKS))
     if exit_code != 0:
         raise TrainingError(f"the training run ended with exit code {exit_code}; its output above says why.")
-    return num_ranks, device
+    return read_crash(metrics, num_ranks, 1), device
+
+
+def _shown(command: Sequence[str]) -> str:
+    """As a person would type it."""
+    return shlex.join(["deepspeed", *(word for word in command[command.index("--num_gpus") :])])
 
 
 def _bigram(store: Path) -> float:

@@ -10,6 +10,8 @@ from dsft.demo.tokenizer import VOCAB_TOKENS
 
 STAGES = (("raw-text", 400_000), ("mixed", 600_000), ("instructions", 950_000))
 """Name of each stage, and the number of document tokens at which it ends."""
+SAVE_EVERY_STEPS, LOG_EVERY_STEPS = 400, 5
+"""One save falls into the last stage: the run is killed some steps after it."""
 TEXT_SET = "held-out-text"
 PAIRS_SET = "held-out-pairs"
 
@@ -62,7 +64,7 @@ deepspeed:  # the keys of ds_configs/zero3_offload.json, with buckets for a smal
     stage3_prefetch_bucket_size: 1000000
     stage3_param_persistence_threshold: 10000
 
-checkpoint: {{keep_last: 1}}
+checkpoint: {{every_steps: {save_every_steps}, keep_last: 1}}
 
 evaluate:
   at_start: true
@@ -71,7 +73,7 @@ evaluate:
     - {{name: {text_set}, path: {held_out_text}, format: text, source: library}}
     - {{name: {pairs_set}, path: {held_out_pairs}, format: messages, source: questions}}
 
-log: {{every_steps: 20}}
+log: {{every_steps: {log_every_steps}}}
 """
 
 
@@ -91,6 +93,8 @@ def write_run_config(path: Path, *, corpus: Path, tokenizer: Path, run_dir: Path
         until=until,
         warmup=until[-1] // 20,
         decay=until[-1] // 2,
+        save_every_steps=SAVE_EVERY_STEPS,
+        log_every_steps=LOG_EVERY_STEPS,
     )
     fsio.write_bytes(path, text.encode())
 

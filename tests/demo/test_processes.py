@@ -48,5 +48,6 @@ def test_peak_memory_counts_children() -> None:
 
 
 def test_without_a_gpu_deepspeed_is_told_so() -> None:
-    assert launch_environment(0)["DS_ACCELERATOR"] == "cpu"
-    assert launch_environment(2).get("DS_ACCELERATOR") == os.environ.get("DS_ACCELERATOR")
+    assert launch_environment(0, 3)["DS_ACCELERATOR"] == "cpu"
+    assert launch_environment(0, 3)["OMP_NUM_THREADS"] == "3"
+    assert launch_environment(2, 3).get("DS_ACCELERATOR") == os.environ.get("DS_ACCELERATOR")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsft.demo.answers import Scores
+from dsft.demo.crash import Crash, TwiceTrained
 from dsft.demo.run_config import PAIRS_SET, TEXT_SET
 from dsft.demo.summary import Measured, judge, read_measurements
 from dsft.errors import TrainingError
@@ -18,10 +19,13 @@ GOOD = (
     Measured("after instructions", 3, 30, 2.1, 3.0),
 )
 SCORES = Scores(10, 0.5, 0.1, {}, 0.2, 0.3, 0.25, 0.35)
+CRASH = Crash(2, 1, 420, 400, (TwiceTrained(405, 3.5, 3.50001), TwiceTrained(410, 3.4, 3.4)))
 
 
-def failed(measured: tuple[Measured, ...], scores: Scores = SCORES, bigram: float = 2.2) -> list[int]:
-    return [number for number, claim in enumerate(judge(measured, bigram, scores)) if not claim.holds]
+def failed(
+    measured: tuple[Measured, ...], scores: Scores = SCORES, bigram: float = 2.2, crash: Crash = CRASH
+) -> list[int]:
+    return [number for number, claim in enumerate(judge(measured, bigram, scores, crash)) if not claim.holds]
 
 
 def test_a_good_run_passes() -> None:
@@ -42,6 +46,11 @@ def test_the_last_stage_must_lower_the_response_loss() -> None:
 
 def test_answers_must_beat_every_shuffle() -> None:
     assert failed(GOOD, replace(SCORES, shuffled_f1_max=0.5)) == [4]
+
+
+@pytest.mark.parametrize("loss", [3.5005, float("nan")])
+def test_steps_trained_again_must_have_the_same_loss(loss: float) -> None:
+    assert failed(GOOD, crash=replace(CRASH, steps=(*CRASH.steps, TwiceTrained(415, 3.5, loss)))) == [5]
 
 
 def write_metrics(path: Path, num_evaluations: int) -> None:

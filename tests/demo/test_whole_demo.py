@@ -25,9 +25,11 @@ def test_dsft_demo(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     summary = json.loads((tmp_path / "demo" / "summary.json").read_bytes())
-    print(json.dumps({key: summary[key] for key in ("seconds", "peak_bytes", "measured", "scores")}, indent=2))
+    print(json.dumps({key: summary[key] for key in ("seconds", "peak_bytes", "measured", "scores", "crash")}, indent=2))
     assert summary["passed"]
     assert all(claim["holds"] for claim in summary["claims"])
+    assert (summary["crash"]["num_ranks_before"], summary["crash"]["num_ranks_after"]) == (2, 1)
+    assert len(summary["crash"]["steps"]) >= 4
     assert summary["peak_bytes"] < BYTES_PROMISED
     assert "holds" in done.stdout
     assert "FAILS" not in done.stdout
