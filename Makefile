@@ -10,6 +10,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 STAMP := .venv/.installed
+# Two test files at a time: most tests wait (for a start, a timeout, another rank) more than they compute. A file stays
+# in one process, so that its tests share what they have built.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 # Tests of the cluster tier skip themselves where a tool they need is missing, unless CI=1 says that none may be.
 RUNNABLE := $(if $(shell command -v nvidia-smi),,-m "not gpu")
 
@@ -25,10 +29,10 @@ demo: install
 	@$(BIN)/dsft demo
 
 test: install
-	@$(BIN)/python -m pytest -q -m "not slow and not launch and not cluster and not gpu"
+	@$(PYTEST) -m "not slow and not launch and not cluster and not gpu"
 
 test-all: install
-	@$(BIN)/python -m pytest -q $(RUNNABLE)
+	@$(PYTEST) $(RUNNABLE)
 
 check: install
 	$(BIN)/ruff check .

@@ -52,14 +52,19 @@ class Cluster:
     def wait(self, job: str, *states: str) -> None:
         """Until the job is in one of ``states``; a requeued one need not wait the two minutes that SLURM gives it.
 
-        It does wait some seconds: a node that still ends the former start refuses the next ("credential revoked").
+        It does wait some seconds: a node that still ends the former start refuses the next ("credential revoked"), and
+        on a busy machine they may not suffice; SLURM holds such a job.
         """
         deadline = time.monotonic() + LIMIT_SECONDS
         hurried = False
         while (state := self.value(job, "JobState")) not in states:
             assert time.monotonic() < deadline, self.said(job)
             assert state not in ("FAILED", "NODE_FAIL", "TIMEOUT"), self.said(job)
-            if not hurried and self.value(job, "Reason") == "BeginTime":
+            reason = self.value(job, "Reason")
+            if reason == "launch_failed_requeued_held":
+                self.ask("scontrol", "release", job)
+                hurried = False
+            elif reason == "BeginTime" and not hurried:
                 self.ask("scontrol", "update", f"jobid={job}", "starttime=now+5")
                 hurried = True
             time.sleep(0.3)
