@@ -10,7 +10,7 @@ from dsft.demo.tokenizer import VOCAB_TOKENS
 
 STAGES = (("raw-text", 400_000), ("mixed", 600_000), ("instructions", 950_000))
 """Name of each stage, and the number of document tokens at which it ends."""
-SAVE_EVERY_STEPS, LOG_EVERY_STEPS = 400, 5
+SAVE_EVERY_STEPS, LOG_EVERY_STEPS = 440, 5
 """One save falls into the last stage: the run is killed some steps after it."""
 TEXT_SET = "held-out-text"
 PAIRS_SET = "held-out-pairs"
