@@ -35,6 +35,8 @@ SelectTypeParameters=CR_CPU
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
+BatchStartTimeout=120
+MessageTimeout=60
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=bf_interval=2,sched_interval=2
