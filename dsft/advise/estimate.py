@@ -104,7 +104,7 @@ def estimate(
         ModelError: the model's config cannot be read.
     """
     hf_config = read_hf_config(_with_config_file(config).model, _vocab_tokens(config))
-    shape = model_shape(hf_config, DTYPES[config.model.dtype], config.train.freeze)
+    shape = model_shape(hf_config, DTYPES[config.model.dtype], config.train.freeze, config.data.is_masked)
     ways = _Ways(config, shape, machines, assumptions, _steps(config, assumptions))
     written = ways.choice(config, "as written")
     most = max(1, config.train.global_batch_packs // machines.num_ranks)

@@ -63,20 +63,22 @@ class _FusedAttention(torch.autograd.Function):
         return output
 
 
-def model_shape(hf_config: Any, dtype: torch.dtype, frozen: tuple[str, ...] = ()) -> ModelShape:
+def model_shape(
+    hf_config: Any, dtype: torch.dtype, frozen: tuple[str, ...] = (), is_masked: bool = False
+) -> ModelShape:
     """Sizes of the model that ``hf_config`` describes. Nothing is allocated, and no GPU is needed.
 
     Args:
         frozen: fnmatch patterns of parameters that are not trained (``train.freeze``).
+        is_masked: it is an encoder that learns to predict hidden tokens.
     """
     import copy
 
-    from transformers import AutoModelForCausalLM
-
+    from dsft.model.auto import auto_class
     from dsft.model.parameters import freeze
 
     with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=dtype)
+        hf = auto_class(is_masked).from_config(copy.deepcopy(hf_config), dtype=dtype)
     freeze(hf, frozen)
     head = hf.get_output_embeddings().weight
     layers = _layers(hf)
@@ -94,7 +96,7 @@ def model_shape(hf_config: Any, dtype: torch.dtype, frozen: tuple[str, ...] = ()
         checkpointed_bytes_per_token=(saved - sum(per_layer) + inputs) / _TRACED_TOKENS,
         layer_bytes_per_token=max(per_layer, default=0) / _TRACED_TOKENS,
         largest_activation_bytes_per_token=largest / _TRACED_TOKENS,
-        cost=cost_of(hf),
+        cost=cost_of(hf, is_masked),
     )
 
 

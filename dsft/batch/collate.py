@@ -15,6 +15,7 @@ import torch
 
 from dsft.batch.hashing import HASH_KEY, hash_row
 from dsft.batch.types import PackedBatch
+from dsft.batch.unshift import unshift
 from dsft.errors import DataError
 from dsft.ops import backend
 from dsft.ops.buffers import BufferPool
@@ -22,7 +23,8 @@ from dsft.ops.gather_rows import GatheredRow, document_view, gather_rows
 from dsft.ops.loss_mask import expand_loss_mask
 from dsft.ops.pack import pack_sequences
 from dsft.ops.reference import LossReduction
-from dsft.sampling.fim import FimOrder
+from dsft.sampling.mlm import MlmOrder
+from dsft.sampling.objectives import ObjectiveOrder
 from dsft.sampling.types import Pieces
 from dsft.store.reader import SourceStore
 
@@ -42,7 +44,7 @@ class BatchSpec:
         pack_tokens: tokens of a pack's place in the row; a row of k packs has ``k * pack_tokens``.
         pad_id: token of padding and fillers.
         truncate_overlong: a document ends after ``pack_tokens`` tokens (data.overlong: truncate).
-        fim: per source, how its documents are rearranged for fill-in-the-middle; None: not. Empty: no source's are.
+        objectives: per source, how an epoch changes its documents; None: not. Empty: no source's are.
     """
 
     stores: tuple[SourceStore, ...]
@@ -51,7 +53,7 @@ class BatchSpec:
     pack_tokens: int
     pad_id: int
     truncate_overlong: bool = False
-    fim: tuple[FimOrder | None, ...] = ()
+    objectives: tuple[ObjectiveOrder | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,9 @@ def collate_rows(
         gathered = _gather(pieces, row_tokens, spec, buffers)
     else:
         gathered = [_gather_reference(*row, spec) for row in zip(pieces, row_tokens, strict=True)]
+    if any(isinstance(order, MlmOrder) for order in spec.objectives):
+        for row, of_row in zip(gathered, pieces, strict=True):
+            unshift(row.rows, row.targets, of_row, spec.stores)
     return [
         PackedBatch(
             input_ids=row.input_ids,
@@ -158,20 +163,20 @@ def _gather(
 
 def _views(pieces: Pieces, spec: BatchSpec) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], list[object]]:
     """Address of the view each piece is read from, its document's number there, and what owns the memory."""
-    if len(spec.stores) == 1 and not any(spec.fim):
+    if len(spec.stores) == 1 and not any(spec.objectives):
         views, mapped = spec.stores[0].views.addresses(pieces.shard)
         return views, pieces.document, [mapped]
     views, places = np.empty(len(pieces.length), dtype=np.uint64), pieces.document.copy()
     alive: list[object] = []
     for source in np.unique(pieces.source).tolist():
         rows = np.flatnonzero(pieces.source == source)
-        fim = spec.fim[source] if spec.fim else None
-        if fim is None:
+        order = spec.objectives[source] if spec.objectives else None
+        if order is None:
             views[rows], mapped = spec.stores[source].views.addresses(pieces.shard[rows])
             alive.append(mapped)
             continue
         for row in rows.tolist():
-            view = document_view(*_rearranged(fim, spec.stores[source], pieces, row))
+            view = document_view(*_rearranged(order, spec.stores[source], pieces, row))
             views[row], places[row] = view.address, 0
             alive.append(view)
     return views, places, alive
@@ -269,10 +274,10 @@ def _read(pieces: Pieces, spec: BatchSpec) -> _Contents:
         source, shard = int(pieces.source[rows[0]]), int(pieces.shard[rows[0]])
         index = spec.stores[source].index(shard)
         documents = pieces.document[rows]
-        fim = spec.fim[source] if spec.fim else None
-        if fim is not None:
+        objective = spec.objectives[source] if spec.objectives else None
+        if objective is not None:
             for row in rows.tolist():
-                ids, learned = _rearranged(fim, spec.stores[source], pieces, row)
+                ids, learned = _rearranged(objective, spec.stores[source], pieces, row)
                 shard_tokens[row], document_tokens[row], first_token[row] = ids, len(ids), pieces.start[row]
                 span_pieces.append(np.full(len(learned), row))
                 spans.append(learned)
@@ -315,7 +320,7 @@ def _read(pieces: Pieces, spec: BatchSpec) -> _Contents:
 
 
 def _rearranged(
-    order: FimOrder, store: SourceStore, pieces: Pieces, row: int
+    order: ObjectiveOrder, store: SourceStore, pieces: Pieces, row: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """The document of a piece as its epoch trains on it: tokens and supervised targets."""
     shard, document = int(pieces.shard[row]), int(pieces.document[row])

@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from dsft.config.columns import RecordFormat, check_columns
 from dsft.config.evaluation import EvaluateSection
+from dsft.config.objectives import FillInTheMiddleSection, MaskedLanguageModellingSection
 from dsft.config.schedule import ScheduleSection
 from dsft.config.section import (
     Beta,
@@ -67,31 +68,6 @@ class ModelSection(Section):
         return self
 
 
-class FillInTheMiddleSection(Section):
-    """Objective of a raw-text source whose documents are rearranged in part (arXiv:2207.14255)."""
-
-    kind: Literal["fim"]
-    rate: UnitInterval = 0.5
-    """Share of the documents that are rearranged; the others are learned as they are."""
-    spm_rate: UnitInterval = 0.5
-    """Share of these in which the suffix comes first (SPM); the others begin with the prefix (PSM)."""
-    prefix: str = "<|fim_prefix|>"
-    """Sentinels: tokens that the tokenizer has, or that model.add_tokens adds."""
-    suffix: str = "<|fim_suffix|>"
-    middle: str = "<|fim_middle|>"
-
-    @property
-    def sentinels(self) -> tuple[str, str, str]:
-        """Prefix, suffix and middle sentinel."""
-        return self.prefix, self.suffix, self.middle
-
-    @model_validator(mode="after")
-    def _distinct(self) -> FillInTheMiddleSection:
-        if len(set(self.sentinels)) < len(self.sentinels):
-            raise ValueError(f"objective: the sentinels must differ, and are {', '.join(self.sentinels)}")
-        return self
-
-
 class SourceSection(Section):
     """One source of training documents."""
 
@@ -100,8 +76,12 @@ class SourceSection(Section):
     """File, folder, glob, URL (s3://, gs://, hf://, https://), or a list of them: .jsonl .jsonl.gz .jsonl.zst .parquet
     .txt .arrow, or a folder that ``datasets.save_to_disk`` wrote."""
     format: RecordFormat = "text"
-    objective: Literal["next_token"] | FillInTheMiddleSection = "next_token"
-    """next_token, or ``{kind: fim, rate: 0.5}``: fill-in-the-middle."""
+    objective: (
+        Literal["next_token"]
+        | Annotated[FillInTheMiddleSection | MaskedLanguageModellingSection, Field(discriminator="kind")]
+    ) = "next_token"
+    """next_token; ``{kind: fim, rate: 0.5}``: fill-in-the-middle; ``{kind: mlm, rate: 0.15}``: masked language
+    modelling, for encoder models."""
     text_field: str = "text"
     columns: dict[str, str] = Field(default_factory=dict)
     """The format's field -> the data's name for it, where they differ: ``{prompt: question, completion: answer}``."""
@@ -118,10 +98,17 @@ class SourceSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _fim_is_for_text(self) -> SourceSection:
+    def _objective_is_for_text(self) -> SourceSection:
         if self.objective != "next_token" and self.format != "text":
-            raise ValueError(f"objective: fim rearranges raw text; the format of this source is {self.format}")
+            raise ValueError(
+                f"objective: {self.objective.kind} is for raw text; the format of this source is {self.format}"
+            )
         return self
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether hidden tokens are predicted, by an encoder."""
+        return isinstance(self.objective, MaskedLanguageModellingSection)
 
 
 class StageSection(Section):
@@ -172,6 +159,20 @@ class DataSection(Section):
     """Documents are shuffled within this many consecutive shards of the shuffled shard order."""
 
     audit: AuditSection = AuditSection()
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether this run trains an encoder by masked language modelling; all of its sources are alike."""
+        return self.sources[0].is_masked
+
+    @model_validator(mode="after")
+    def _one_kind_of_model(self) -> DataSection:
+        if len({source.is_masked for source in self.sources}) > 1:
+            raise ValueError(
+                "data.sources: objective mlm trains an encoder, which sees what comes next, and the others a decoder, "
+                "which does not: give all sources objective mlm, or none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stages_name_sources(self) -> DataSection:
@@ -295,7 +296,14 @@ class RunConfig(Section):
                 if source.objective != "next_token" or (source.format != "text" and source.supervise == "all"):
                     raise ValueError(
                         f"train.loss_reduction: message; data.sources[{position}] learns tokens that belong to no "
-                        "message (supervise: all, or objective: fim): set loss_reduction: document"
+                        "message (supervise: all, or objective fim or mlm): set loss_reduction: document"
+                    )
+        if self.data.is_masked:
+            for held_out in self.evaluate.sets:
+                if held_out.format != "text" or held_out.memorisation is not None:
+                    raise ValueError(
+                        f"evaluate.sets: {held_out.name!r} needs a model that writes on (format other than text, or "
+                        "memorisation), and objective mlm trains an encoder: measure raw text only"
                     )
         if self.train.epochs is not None and len(self.data.sources) > 1:
             raise ValueError("train.epochs needs a single source; with several sources give train.tokens")

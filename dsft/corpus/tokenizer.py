@@ -31,7 +31,7 @@ class Tokenizer:
         hf: the transformers tokenizer, with ``chat_template`` set; for decoding and for export.
         fingerprint: hash of what it produces, the chat template included.
         text_fingerprint: the same without the chat template (raw text does not depend on it).
-        eos_id: end of a document.
+        eos_id: end of a document; the separator where the tokenizer has no EOS (BERT's).
         pad_id: padding; ``eos_id`` where the tokenizer has none.
         prefix_ids: what the tokenizer itself puts before a text (usually the BOS token, or nothing).
         suffix_ids: what goes after a document: what the tokenizer itself puts there, then EOS unless that was it.
@@ -103,7 +103,8 @@ def load_tokenizer(
     template = _own_template(hf, path) if chat_template is None else read_chat_template(chat_template)
     hf.chat_template = template
     num_added = _add_tokens(hf, add_tokens, template or "")
-    if hf.eos_token_id is None:
+    eos_id = hf.sep_token_id if hf.eos_token_id is None else hf.eos_token_id  # BERT's tokenizers end a text with [SEP]
+    if eos_id is None:
         raise ModelError(
             f"The tokenizer {path} has no end-of-text token, so documents could not be told apart; set "
             f"`eos_token` in its tokenizer_config.json."
@@ -121,8 +122,8 @@ def load_tokenizer(
     control = ControlTokens(special)
     backend = control.renamed_backend(hf.backend_tokenizer)
     prefix, suffix = _affixes(hf, backend, path)
-    if not suffix or suffix[-1] != hf.eos_token_id:
-        suffix = (*suffix, hf.eos_token_id)
+    if not suffix or suffix[-1] != eos_id:
+        suffix = (*suffix, eos_id)
     if chat_template is not None and chat_template in builtin_templates():
         _check_template_tokens(chat_template, template or "", special, path)
     text_fingerprint = _fingerprint(hf, prefix, suffix, sentinels)
@@ -130,8 +131,8 @@ def load_tokenizer(
         hf=hf,
         fingerprint=hashlib.sha256(f"{text_fingerprint}\n{template}".encode()).hexdigest()[:32],
         text_fingerprint=text_fingerprint,
-        eos_id=hf.eos_token_id,
-        pad_id=hf.eos_token_id if hf.pad_token_id is None else hf.pad_token_id,
+        eos_id=eos_id,
+        pad_id=eos_id if hf.pad_token_id is None else hf.pad_token_id,
         prefix_ids=prefix,
         suffix_ids=suffix,
         vocab_tokens=1 + max(hf.get_vocab().values()),

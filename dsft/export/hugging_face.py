@@ -93,7 +93,9 @@ def _save_offloaded(model: Any, weights: WeightReader, folder: Path, max_shard_b
 def _empty_model(model_folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The checkpoint's model without memory for its weights (meta device); its tied weights are tied."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from dsft.model.auto import auto_class, is_masked_lm
 
     if not (model_folder / "config.json").is_file():
         raise CheckpointError(
@@ -103,7 +105,8 @@ def _empty_model(model_folder: Path, dtype: torch.dtype, trust_remote_code: bool
     try:
         config = AutoConfig.from_pretrained(model_folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model_class = auto_class(is_masked_lm(config))
+            return model_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise CheckpointError(
             f"the model of {model_folder} cannot be built: {' '.join(str(error).split())} If it has its own modelling "

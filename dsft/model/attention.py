@@ -44,12 +44,14 @@ class PackedDocuments:
         max_seqlen: longest document in tokens.
         borders: ``cu_seqlens`` as Python integers for the path that runs one call per document; None selects the
             variable-length kernel, which never asks the device for a number.
+        is_causal: a token sees itself and those before it; otherwise its whole document.
         windows: when a list, each attention call appends the sliding window it was given (the start-up probe reads it).
     """
 
     cu_seqlens: torch.Tensor
     max_seqlen: int
     borders: tuple[int, ...] | None
+    is_causal: bool = True
     windows: list[int | None] | None = field(default=None)
 
 
@@ -93,13 +95,14 @@ def packed_attention(
     dsft_documents: PackedDocuments | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each document of one packed row, as transformers' attention interface calls it.
+    """Attention inside each document of one packed row, as transformers' attention interface calls it.
 
     Args:
         module: the calling attention layer; only its name and ``is_causal`` are read.
         query: [1, query heads, L, D]; key, value: [1, key/value heads, L, D or Dv] (grouped-query when fewer).
         attention_mask: must be None.
-        sliding_window: a token sees itself and the ``sliding_window - 1`` tokens before it.
+        sliding_window: a token sees itself and the ``sliding_window - 1`` tokens before it (and after it, unless
+            attention is causal).
         softcap: scores become ``softcap * tanh(scores / softcap)``.
 
     Returns:
@@ -121,9 +124,7 @@ def packed_attention(
                 "does not have: set model.attention to sdpa."
             )
         return _kernel_attention(query, key, value, scaling, sliding_window, dsft_documents), None
-    return _per_document_attention(
-        query, key, value, scaling, sliding_window, softcap, dropout, dsft_documents.borders
-    ), None
+    return _per_document_attention(query, key, value, scaling, sliding_window, softcap, dropout, dsft_documents), None
 
 
 def _refuse_unsupported(
@@ -142,8 +143,13 @@ def _refuse_unsupported(
     if attention_mask is not None:
         raise ModelError(f"{name} passes an attention mask of its own, which packed attention would ignore: refused.")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if not causal:
-        raise ModelError(f"{name} attends in both directions; packed attention is causal: refused.")
+    if causal != documents.is_causal:
+        raise ModelError(
+            f"{name} is causal, and objective mlm needs attention in both directions: refused."
+            if causal
+            else f"{name} attends in both directions, and next tokens must be predicted without seeing them: refused. "
+            "Encoders are trained with objective mlm."
+        )
     for argument, meaning in _REFUSED_ARGUMENTS.items():
         if kwargs.get(argument) is not None:
             raise ModelError(f"{name} uses {meaning} ({argument}), which packed attention does not compute: refused.")
@@ -168,6 +174,7 @@ def _kernel_attention(
     elif groups > 1:  # torch 2.11
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     left = -1 if sliding_window is None else sliding_window - 1
+    right = 0 if documents.is_causal else left
     output = varlen_attn(
         query,
         key,
@@ -177,7 +184,7 @@ def _kernel_attention(
         documents.max_seqlen,
         documents.max_seqlen,
         scale=scaling,
-        window_size=(left, 0),
+        window_size=(left, right),
         **options,
     )
     assert isinstance(output, torch.Tensor)
@@ -192,24 +199,26 @@ def _per_document_attention(
     sliding_window: int | None,
     softcap: float | None,
     dropout: float,
-    borders: tuple[int, ...],
+    documents: PackedDocuments,
 ) -> torch.Tensor:
     """One attention call per document: [1, H, L, D] in, [1, L, H, Dv] out."""
+    assert documents.borders is not None
+    is_causal = documents.is_causal
     outputs = []
-    for start, end in itertools.pairwise(borders):
+    for start, end in itertools.pairwise(documents.borders):
         q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
         window = sliding_window if sliding_window is not None and sliding_window < end - start else None
         if softcap is not None:
-            outputs.append(_soft_capped_attention(q, k, v, scaling, window, softcap, dropout))
+            outputs.append(_soft_capped_attention(q, k, v, scaling, window, softcap, dropout, is_causal))
             continue
-        mask = None if window is None else _window_mask(end - start, window, query.device)
+        mask = None if window is None else _window_mask(end - start, window, is_causal, query.device)
         outputs.append(
             F.scaled_dot_product_attention(
                 q,
                 k,
                 v,
                 attn_mask=mask,
-                is_causal=mask is None,
+                is_causal=is_causal and mask is None,
                 dropout_p=dropout,
                 scale=scaling,
                 enable_gqa=key.shape[1] != query.shape[1],
@@ -218,10 +227,12 @@ def _per_document_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+def _window_mask(length: int, window: int | None, is_causal: bool, device: torch.device) -> torch.Tensor:
     """bool[length, length], True where row (query) may see column (key)."""
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
-    return causal if window is None else causal.triu_(1 - window)
+    seen = torch.ones(length, length, dtype=torch.bool, device=device)
+    if window is not None:
+        seen = seen.triu_(1 - window).tril_(window - 1)
+    return seen.tril_() if is_causal else seen
 
 
 def _soft_capped_attention(
@@ -232,12 +243,13 @@ def _soft_capped_attention(
     window: int | None,
     softcap: float,
     dropout: float,
+    is_causal: bool,
 ) -> torch.Tensor:
     """Attention of one document with tanh soft-capping, computed plainly (Gemma 2, arXiv 2408.00118, section 2)."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap)) * softcap
-    scores = scores.masked_fill(~_window_mask(query.shape[2], window, query.device), float("-inf"))
+    scores = scores.masked_fill(~_window_mask(query.shape[2], window, is_causal, query.device), float("-inf"))
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return F.dropout(weights, dropout) @ value

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dsft.model.auto import auto_class
+
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k")
 
@@ -22,7 +24,7 @@ class ModelCost:
 
     Attributes:
         flops_per_token: matrices of the decoder; of the experts only those that a token visits.
-        flops_per_token_pair: attention; causal, so half of the pairs (already halved).
+        flops_per_token_pair: attention; where it is causal half of the pairs (already halved).
         flops_per_row: the vocabulary projection, which only supervised rows reach.
     """
 
@@ -31,16 +33,18 @@ class ModelCost:
     flops_per_row: float
 
 
-def model_cost(hf_config: Any) -> ModelCost:
-    """Cost of the model that ``hf_config`` describes, from the shapes of its own parameters."""
-    from transformers import AutoModelForCausalLM
+def model_cost(hf_config: Any, is_masked: bool = False) -> ModelCost:
+    """Cost of the model that ``hf_config`` describes, from the shapes of its own parameters.
 
+    Args:
+        is_masked: it is an encoder with a masked-language-modelling head.
+    """
     with torch.device("meta"):
-        return cost_of(AutoModelForCausalLM.from_config(copy.deepcopy(hf_config)))
+        return cost_of(auto_class(is_masked).from_config(copy.deepcopy(hf_config)), is_masked)
 
 
-def cost_of(hf: Any) -> ModelCost:
-    """Cost of a Hugging Face causal model, which may be without storage."""
+def cost_of(hf: Any, is_masked: bool = False) -> ModelCost:
+    """Cost of a Hugging Face model, which may be without storage."""
     head = hf.get_output_embeddings().weight
     embeddings = {id(head), id(hf.get_input_embeddings().weight)}
     text = hf.config.get_text_config()
@@ -51,8 +55,9 @@ def cost_of(hf: Any) -> ModelCost:
             matrices += parameter.numel() * (active_experts if ".experts." in name else 1.0)
     heads = int(text.num_attention_heads)
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    # Forward: 2 products of 2 * heads * head_size operations a pair, over half of the pairs; times 3 with backward.
-    pairs = 3 * 2 * 2 * heads * head_size / 2 * text.num_hidden_layers
+    # Forward: 2 products of 2 * heads * head_size operations a pair, over half of the pairs where attention is causal;
+    # times 3 with backward.
+    pairs = 3 * 2 * 2 * heads * head_size / (1 if is_masked else 2) * text.num_hidden_layers
     return ModelCost(6.0 * matrices, float(pairs), 6.0 * head.numel())
 
 

@@ -36,6 +36,7 @@ class MaskedLMHead(nn.Module):
         self.register_parameter("bias", bias)
         self.transform = transform
         self.logits_bytes: int | None = None
+        self.asked: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def forward(
         self,
@@ -54,7 +55,11 @@ class MaskedLMHead(nn.Module):
             Logits [..., V] as the model's own head gives them (the model applies its scale and cap itself); or
             ``(loss_sum, row_nll, row_correct)``: fp32 scalar ``sum(row_weight * nll)``, fp32[n] without gradient, and
             bool[n], whether the target has the first of the largest logits.
+
+        What is ``asked`` (rows, targets, row_weight) stands in for arguments that a model's own code does not pass on.
         """
+        if self.asked is not None:
+            rows, targets, row_weight = self.asked
         if rows is None or targets is None or row_weight is None:
             return F.linear(hidden, self.weight, self.bias)
         result = masked_linear_cross_entropy(

@@ -17,7 +17,9 @@ import torch
 
 from dsft.config.models import ModelSection
 from dsft.errors import ConfigError, ModelError
+from dsft.model.auto import auto_class
 from dsft.model.initialise import initialise, resize_vocabulary
+from dsft.model.masked import PackedMaskedLM
 from dsft.model.packed import PackedCausalLM
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ def load_model(
     seed: int,
     device_type: str,
     deepspeed_config: dict[str, Any] | None,
+    is_masked: bool = False,
 ) -> PackedCausalLM:
     """The model of ``section``, wrapped for packed training; every rank calls it.
 
@@ -43,6 +46,7 @@ def load_model(
         device_type: "cpu" or "cuda", where the model will run; decides the attention path.
         deepspeed_config: the resolved DeepSpeed configuration; with stage 3 the model is created partitioned, and
             torch.distributed must be initialised. None: an ordinary model.
+        is_masked: an encoder with its masked-language-modelling head, wrapped as a ``PackedMaskedLM``.
 
     Raises:
         ModelError: the model cannot be found, is unknown to the installed transformers, lacks weights, or its
@@ -52,13 +56,13 @@ def load_model(
     stage = int((deepspeed_config or {}).get("zero_optimization", {}).get("stage", 0))
     dtype = DTYPES[section.dtype]
     config = read_hf_config(section, vocab_tokens)
-    _import_model_class(config, section)
+    _import_model_class(config, section, is_masked)
     with _partitioned_creation(deepspeed_config if stage == 3 else None):
         if section.path is None:
-            hf = _from_config(config, dtype)
+            hf = auto_class(is_masked).from_config(config, dtype=dtype)
             initialise(hf, seed)
         else:
-            hf = _from_weights(section, dtype)
+            hf = _from_weights(section, dtype, is_masked)
         _fit_vocabulary(hf, section, vocab_tokens, added_tokens)
     _mark_leaf_modules(hf)
     if section.activation_checkpointing:
@@ -67,17 +71,18 @@ def load_model(
                 f"{hf.config.model_type} does not support model.activation_checkpointing; set it to false."
             )
         hf.activation_checkpointing_enable({"use_reentrant": False})
-    model = PackedCausalLM(hf, use_kernel=_choose_kernel(section, hf.config, device_type))
+    wrapper = PackedMaskedLM if is_masked else PackedCausalLM
+    model = wrapper(hf, use_kernel=_choose_kernel(section, hf.config, device_type))
     return model.train()  # loaded weights come in evaluation mode, without dropout and activation checkpointing
 
 
-def check_loadable(section: ModelSection, vocab_tokens: int) -> None:
+def check_loadable(section: ModelSection, vocab_tokens: int, is_masked: bool = False) -> None:
     """What each rank can find out alone: the model's config is there, and its class in the installed transformers.
 
     Raises:
         ModelError, ConfigError: as :func:`load_model`.
     """
-    _import_model_class(read_hf_config(section, vocab_tokens), section)
+    _import_model_class(read_hf_config(section, vocab_tokens), section, is_masked)
 
 
 def resolved_commit(model: PackedCausalLM) -> str | None:
@@ -152,32 +157,26 @@ def _inline_config(given: dict[str, Any], vocab_tokens: int) -> Any:
     return AutoConfig.for_model(model_type, **keys)
 
 
-def _import_model_class(config: Any, section: ModelSection) -> None:
+def _import_model_class(config: Any, section: ModelSection, is_masked: bool) -> None:
     """Import the model's class now: a first import under ``deepspeed.zero.Init`` fails (patched constructors)."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    mapping = MODEL_FOR_MASKED_LM_MAPPING if is_masked else MODEL_FOR_CAUSAL_LM_MAPPING
 
     if section.trust_remote_code and getattr(config, "auto_map", None):
         return
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in mapping:
+        kind = "masked language model (objective mlm)" if is_masked else "causal language model"
         raise ModelError(
-            f"{section.path or 'model.config'}: {config.model_type} is not a causal language model in the installed "
-            "transformers."
+            f"{section.path or 'model.config'}: {config.model_type} is not a {kind} in the installed transformers."
         )
-    assert MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] is not None
+    assert mapping[type(config)] is not None
 
 
-def _from_config(config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def _from_weights(section: ModelSection, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
+def _from_weights(section: ModelSection, dtype: torch.dtype, is_masked: bool) -> Any:
     assert section.path is not None
     try:
-        hf, report = AutoModelForCausalLM.from_pretrained(
+        hf, report = auto_class(is_masked).from_pretrained(
             section.path,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
@@ -236,7 +235,7 @@ def _choose_kernel(section: ModelSection, config: Any, device_type: str) -> bool
         reasons.append("it needs model.dtype bf16")
     if getattr(text, "attn_logit_softcapping", None) is not None:
         reasons.append("it has no attention soft-capping, which this model uses")
-    if any(getattr(text, key, 0.0) for key in ("attention_dropout", "attn_pdrop")):
+    if any(getattr(text, key, 0.0) for key in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")):
         reasons.append("it has no attention dropout, which this model's config sets")
     if not reasons:
         return True

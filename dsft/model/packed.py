@@ -38,12 +38,16 @@ class PackedCausalLM(nn.Module):
             document.
     """
 
+    is_causal = True
+    """Whether a token sees only what is before it, and predicts what comes next."""
+
     def __init__(self, hf: Any, use_kernel: bool = False) -> None:
         super().__init__()
         _use_packed_attention(hf)
         if hf.get_output_embeddings() is None or hf.base_model is hf:
             raise ModelError(
-                f"{hf.config.model_type} is not a decoder with an output embedding on top: it cannot be trained."
+                f"{hf.config.model_type} is not a decoder or encoder with an output embedding on top: it cannot be "
+                "trained."
             )
         install_head(hf)
         self.hf = hf
@@ -59,7 +63,7 @@ class PackedCausalLM(nn.Module):
     def documents(self, cu_seqlens: torch.Tensor, max_seqlen: int) -> PackedDocuments:
         """Document borders for the attention layers. Without the kernel on CUDA this waits for the device once."""
         borders = None if self.use_kernel else tuple(cu_seqlens.tolist())
-        return PackedDocuments(cu_seqlens, max_seqlen, borders)
+        return PackedDocuments(cu_seqlens, max_seqlen, borders, self.is_causal)
 
     def forward(
         self,

@@ -9,6 +9,11 @@ from torch import nn
 from dsft.errors import ModelError
 
 
+def first_position(table: nn.Embedding) -> int:
+    """Row of a document's first token: RoBERTa and its kin keep one for padding, and begin behind it."""
+    return 0 if table.padding_idx is None else table.padding_idx + 1
+
+
 def check_positions(hf: Any, pack_tokens: int) -> None:
     """Refuse packs that are longer than the model's positions.
 
@@ -22,11 +27,13 @@ def check_positions(hf: Any, pack_tokens: int) -> None:
     name = str(hf.config.model_type)
     for path, module in hf.named_modules():
         leaf = path.rpartition(".")[2]
-        is_table = isinstance(module, nn.Embedding) and ("pos" in leaf or leaf == "wpe")
-        if is_table and module.num_embeddings < pack_tokens:
+        if not isinstance(module, nn.Embedding) or not ("pos" in leaf or leaf == "wpe"):
+            continue
+        reach = module.num_embeddings - first_position(module)
+        if reach < pack_tokens:
             raise ModelError(
-                f"{name}: its table of positions ({path}) has {module.num_embeddings:,} rows, and data.pack_tokens is "
-                f"{pack_tokens:,}. Set it to {module.num_embeddings:,} or less."
+                f"{name}: its table of positions ({path}) has {reach:,} rows, and data.pack_tokens is {pack_tokens:,}. "
+                f"Set it to {reach:,} or less."
             )
     config = hf.config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}

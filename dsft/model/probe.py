@@ -58,10 +58,12 @@ def prove(model: PackedCausalLM, device: torch.device | str) -> None:
     """
     config = model.hf.config.get_text_config()
     name = str(model.hf.config.model_type)
-    expected_windows = _expected_windows(config, name)
+    expected_windows = _expected_windows(config, name, model.is_causal)
     bounds = _BOUNDS[model.head().weight.dtype]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, int(config.vocab_size), (LENGTH_A + LENGTH_B,), generator=generator).to(device)
+    if (padding := getattr(config, "pad_token_id", None)) is not None:
+        ids[ids == padding] = (padding + 1) % int(config.vocab_size)  # RoBERTa gives it no position
     changed = ids.clone()
     changed[LENGTH_A - 1] = (changed[LENGTH_A - 1] + 1) % int(config.vocab_size)
     was_training = model.training
@@ -79,10 +81,12 @@ def prove(model: PackedCausalLM, device: torch.device | str) -> None:
         model.train(was_training)
 
 
-def _expected_windows(config: Any, name: str) -> list[int | None]:
+def _expected_windows(config: Any, name: str, is_causal: bool) -> list[int | None]:
     """The sliding window of each layer, as the config states it."""
     layers = int(config.num_hidden_layers)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and not is_causal:
+        window += 1  # an encoder's config counts the tokens on either side, without the token itself
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return [window] * layers
@@ -191,7 +195,7 @@ def _observed(model: PackedCausalLM) -> Iterator[_Observer]:
         return (args[0] * seen.scale, *args[1:])
 
     def after_head(_module: Any, args: tuple[torch.Tensor, ...], output: Any) -> None:
-        if len(args) == 1:
+        if isinstance(output, torch.Tensor):
             seen.raw_logits = output
 
     hooks = [

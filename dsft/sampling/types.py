@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dsft.sampling.fim import FimOrder
+from dsft.sampling.objectives import ObjectiveOrder
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +20,18 @@ class PlannedSource:
         num_shards: shards of the listing.
         lengths: shard number -> int32[N] tokens per document. May wait for a shard that is still being prepared; it is
             only called from the prefetch thread.
-        fim: which documents are rearranged for fill-in-the-middle; None: none.
+        objective: how an epoch changes its documents; None: not at all.
     """
 
     name: str
     num_shards: int
     lengths: Callable[[int], npt.NDArray[np.int32]]
-    fim: FimOrder | None = None
+    objective: ObjectiveOrder | None = None
 
     def lengths_in(self, epoch: int, shard: int) -> npt.NDArray[np.int32]:
         """Tokens of each document as an epoch trains on it, int32[N]: before the overlong policy."""
         lengths = np.asarray(self.lengths(shard), dtype=np.int32)
-        return lengths if self.fim is None else self.fim.planned(epoch, shard, lengths)
+        return lengths if self.objective is None else self.objective.planned(epoch, shard, lengths)
 
 
 @dataclass(frozen=True, slots=True)

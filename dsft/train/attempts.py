@@ -17,7 +17,7 @@ from typing import Any
 from dsft.checkpoint.discover import load_state, newest
 from dsft.errors import DataError
 from dsft.metrics.json_lines import JsonLines, read_json_lines
-from dsft.sampling.fim import FillInTheMiddle
+from dsft.sampling.objectives import Objective
 from dsft.store.reader import SourceStore
 from dsft.train.step_log import DATA_LOG_NAME
 
@@ -44,7 +44,7 @@ class Attempt:
         world_size: number of ranks.
         config: the resolved configuration, as ``dsft.config.load.config_to_json`` gives it.
         stores: per source, in the configuration's order: its token store's folder and fingerprint.
-        objectives: per source: the fields of its ``FillInTheMiddle``; None: it predicts the next token.
+        objectives: per source: the fields of its ``Objective``; None: it predicts the next token.
     """
 
     id: str
@@ -64,7 +64,7 @@ class Attempt:
         origin: Origin | None,
         identity: Mapping[str, Any],
         stores: Sequence[SourceStore],
-        objectives: Sequence[FillInTheMiddle | None],
+        objectives: Sequence[Objective | None],
     ) -> Attempt:
         """The attempt ``name`` that begins after ``step`` steps (``identity``: what its checkpoints will carry)."""
         return cls(

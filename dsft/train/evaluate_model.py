@@ -212,7 +212,7 @@ def _build_model(
     """The model: in slices over the ranks under ZeRO-3, else whole on each. Collective."""
     section = config.model.model_copy(update={"path": folder})
     with groups.together():
-        check_loadable(section, tokenizer.vocab_tokens)
+        check_loadable(section, tokenizer.vocab_tokens, config.data.is_masked)
     model = load_model(
         section,
         vocab_tokens=tokenizer.vocab_tokens,
@@ -220,6 +220,7 @@ def _build_model(
         seed=config.run.seed,
         device_type=device_type,
         deepspeed_config=deepspeed_config,
+        is_masked=config.data.is_masked,
     )
     check_positions(model.hf, config.data.pack_tokens)
     device = torch.device(device_type, groups.world.local_rank) if device_type == "cuda" else torch.device("cpu")

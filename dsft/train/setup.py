@@ -17,7 +17,8 @@ import torch
 from dsft.batch.collate import BatchSpec
 from dsft.batch.loader import Loader
 from dsft.config.evaluation import EvaluationSetSection
-from dsft.config.models import FillInTheMiddleSection, RunConfig, SourceSection
+from dsft.config.models import RunConfig, SourceSection
+from dsft.config.objectives import FillInTheMiddleSection, MaskedLanguageModellingSection
 from dsft.corpus.chat import ChatMarker
 from dsft.corpus.prepare import prepare_sources
 from dsft.corpus.progress import PrepareProgress, ProgressLines
@@ -34,7 +35,9 @@ from dsft.model.packed import PackedCausalLM
 from dsft.model.parameters import freeze, parameter_groups
 from dsft.model.positions import check_positions
 from dsft.sampling.balance import pack_cost
-from dsft.sampling.fim import FillInTheMiddle, fim_order
+from dsft.sampling.fim import FillInTheMiddle, FimOrder
+from dsft.sampling.mlm import MaskedLanguageModelling, mlm_order
+from dsft.sampling.objectives import Objective, order_of
 from dsft.sampling.packing import planned_lengths
 from dsft.sampling.plan import Planner
 from dsft.sampling.types import Pieces, PlannedSource, Stage
@@ -43,7 +46,7 @@ from dsft.train.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
 
-Objectives = tuple[FillInTheMiddle | None, ...]
+Objectives = tuple[Objective | None, ...]
 """One a source, in the configuration's order."""
 
 
@@ -112,18 +115,34 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
 
 
 def _sentinels(source: SourceSection) -> tuple[str, ...]:
-    return () if source.objective == "next_token" else source.objective.sentinels
+    return source.objective.sentinels if isinstance(source.objective, FillInTheMiddleSection) else ()
 
 
-def fim_objectives(config: RunConfig, tokenizer: Tokenizer) -> Objectives:
-    """Per source, its fill-in-the-middle objective in token ids; None: it predicts the next token."""
-    return tuple(
-        None if source.objective == "next_token" else _in_ids(source.objective, tokenizer)
-        for source in config.data.sources
-    )
+def objectives_in_ids(config: RunConfig, tokenizer: Tokenizer) -> Objectives:
+    """Per source, its objective in token ids; None: it predicts the next token."""
+    return tuple(_in_ids(source, tokenizer, config.data.pack_tokens) for source in config.data.sources)
 
 
-def _in_ids(section: FillInTheMiddleSection, tokenizer: Tokenizer) -> FillInTheMiddle:
+def _in_ids(source: SourceSection, tokenizer: Tokenizer, pack_tokens: int) -> Objective | None:
+    section = source.objective
+    if section == "next_token":
+        return None
+    if isinstance(section, MaskedLanguageModellingSection):
+        mask_id = tokenizer.hf.mask_token_id
+        if mask_id is None:
+            raise ModelError(
+                f"data.sources: objective mlm of {source.name!r} needs a mask token, and the tokenizer has none: take "
+                "an encoder with its own tokenizer (BERT, RoBERTa, ModernBERT, ...)."
+            )
+        return MaskedLanguageModelling(
+            rate=section.rate,
+            mask_share=section.mask_share,
+            random_share=section.random_share,
+            mask_id=int(mask_id),
+            special_ids=tuple(sorted(tokenizer.control.ids)),
+            vocab_tokens=tokenizer.vocab_tokens,
+            pack_tokens=pack_tokens,
+        )
     return FillInTheMiddle(
         rate=section.rate,
         spm_rate=section.spm_rate,
@@ -144,7 +163,7 @@ def planned_sources(
             source.name,
             store.num_shards,
             partial(_lengths, store),
-            None if objective is None else fim_order(objective, config.run.seed, source.name),
+            None if objective is None else order_of(objective, config.run.seed, source.name),
         )
         for source, store, objective in zip(config.data.sources, stores, objectives, strict=True)
     )
@@ -194,7 +213,7 @@ def train_tokens(config: RunConfig, sources: Sequence[PlannedSource]) -> int | N
     """Length of the run in document tokens; None when it is given in steps."""
     if config.train.epochs is None:
         return config.train.tokens
-    if sources[0].fim is None:
+    if not isinstance(sources[0].objective, FimOrder):
         return round(config.train.epochs * _pass_tokens(config, sources[0], 0))
     whole = int(config.train.epochs)  # each pass has sentinels in other documents
     tokens = sum(_pass_tokens(config, sources[0], epoch) for epoch in range(whole))
@@ -211,7 +230,7 @@ def _pass_tokens(config: RunConfig, source: PlannedSource, epoch: int) -> int:
 
 def build_planner(config: RunConfig, data: Data) -> Planner:
     """The plan over the run's sources and stages."""
-    return plan_sources(config, planned_sources(config, data.stores, fim_objectives(config, data.tokenizer)))
+    return plan_sources(config, planned_sources(config, data.stores, objectives_in_ids(config, data.tokenizer)))
 
 
 def plan_sources(config: RunConfig, sources: Sequence[PlannedSource]) -> Planner:
@@ -252,7 +271,10 @@ def build_batch_spec(config: RunConfig, data: Data) -> BatchSpec:
         pack_tokens=config.data.pack_tokens,
         pad_id=data.tokenizer.pad_id,
         truncate_overlong=config.data.overlong == "truncate",
-        fim=tuple(s.fim for s in planned_sources(config, data.stores, fim_objectives(config, data.tokenizer))),
+        objectives=tuple(
+            source.objective
+            for source in planned_sources(config, data.stores, objectives_in_ids(config, data.tokenizer))
+        ),
     )
 
 
@@ -287,7 +309,7 @@ def build_engine(
 
     section = config.model if folder == config.model.path else config.model.model_copy(update={"path": folder})
     with groups.together():  # one host may lack the model; what comes after it is collective
-        check_loadable(section, data.tokenizer.vocab_tokens)
+        check_loadable(section, data.tokenizer.vocab_tokens, config.data.is_masked)
     model: PackedCausalLM = load_model(
         section,
         vocab_tokens=data.tokenizer.vocab_tokens,
@@ -295,6 +317,7 @@ def build_engine(
         seed=config.run.seed,
         device_type=device_type,
         deepspeed_config=deepspeed_config,
+        is_masked=config.data.is_masked,
     )
     check_positions(model.hf, config.data.pack_tokens)
     freeze(model, config.train.freeze)
@@ -310,13 +333,19 @@ def build_engine(
 
 
 def held_out_spec(config: RunConfig, tokenizer: Tokenizer, store: SourceStore) -> BatchSpec:
-    """How a held-out set becomes tensors: one pack a forward, every supervised token with the same weight."""
+    """How a held-out set becomes tensors: one pack a forward, every supervised token with the same weight.
+
+    For an encoder the hidden tokens are the same in every evaluation of every run, so that scores can be compared.
+    """
+    objective = objectives_in_ids(config, tokenizer)[0]
+    masked = objective if isinstance(objective, MaskedLanguageModelling) else None
     return BatchSpec(
         stores=(store,),
         loss_weights=(1.0,),
         loss_reduction="token",
         pack_tokens=config.data.pack_tokens,
         pad_id=tokenizer.pad_id,
+        objectives=() if masked is None else (mlm_order(masked, 0, store.name, "mlm held out"),),
     )
 
 
@@ -329,12 +358,13 @@ def write_model_folder(folder: Path, hf_config: Any, tokenizer: Tokenizer, model
     Raises:
         SaveError: the folder cannot be written.
     """
-    generation = copy.deepcopy(model.hf.generation_config)
-    generation.eos_token_id, generation.pad_token_id = stop_ids(tokenizer), tokenizer.pad_id
     try:
         folder.mkdir(parents=True, exist_ok=True)
         hf_config.save_pretrained(folder)
-        generation.save_pretrained(folder)
+        if model.is_causal:
+            generation = copy.deepcopy(model.hf.generation_config)
+            generation.eos_token_id, generation.pad_token_id = stop_ids(tokenizer), tokenizer.pad_id
+            generation.save_pretrained(folder)
         tokenizer.hf.save_pretrained(folder)
     except OSError as error:
         raise save_error(folder, error) from error

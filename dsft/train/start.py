@@ -188,7 +188,7 @@ def _set_up(config: RunConfig, options: Options, rank: Rank) -> tuple[Run, Train
     data, weights = _agreed_data(config, rank.groups, rank.stop)
     rank.phases.done("prepare_seconds")
     engine, hf_config = setup.build_engine(config, data, rank.groups, weights, rank.deepspeed_config, rank.device_type)
-    cost = model_cost(hf_config)
+    cost = model_cost(hf_config, config.data.is_masked)
     config = with_revision(config, resolved_commit(engine.module))
     rank.phases.done("model_seconds")
     if options.dry_run:
@@ -295,7 +295,7 @@ def build_run(
         "world_size": groups.size,
     }
     saver = Saver(config.checkpoint, folder.path / "checkpoints", folder.path / "model", folder.attempt, identity)
-    objectives = setup.fim_objectives(config, data.tokenizer)
+    objectives = setup.objectives_in_ids(config, data.tokenizer)
     tokens = setup.train_tokens(config, setup.planned_sources(config, data.stores, objectives))
     throughput = Throughput(
         cost.flops_per_token,

@@ -20,7 +20,7 @@ from dsft.batch.collate import join_packs
 from dsft.batch.hashing import HASH_MASK, piece_hashes
 from dsft.config.models import RunConfig
 from dsft.errors import DataError
-from dsft.sampling.fim import FillInTheMiddle, FimOrder
+from dsft.sampling.objectives import ObjectiveOrder, objective_from_json
 from dsft.sampling.packing import planned_lengths
 from dsft.sampling.types import Cursor, Pieces, PlannedSource, StepPlan
 from dsft.sampling.usage import Usage
@@ -128,14 +128,14 @@ class _Check:
         """
         config, stores = _open(segment)
         objectives = tuple(
-            None if values is None else FillInTheMiddle(**values) for values in segment.attempt.objectives
+            None if values is None else objective_from_json(values) for values in segment.attempt.objectives
         )
         changed = _changed_stores(segment, stores)
         if changed:
             self.problems += changed
             return None
         sources = planned_sources(config, stores, objectives)
-        fim = tuple(source.fim for source in sources)
+        orders = tuple(source.objective for source in sources)
         planner = plan_sources(config, sources)
         if self.usage is None:
             self.usage = Usage(_planned(config, sources), tuple(store.num_shards for store in stores))
@@ -148,7 +148,7 @@ class _Check:
             if plan is None:
                 self.problems.append(f"steps {step} to {segment.last_step}: the plan ends after step {step - 1}")
                 return None
-            self._step(step, plan, segment, stores, fim)
+            self._step(step, plan, segment, stores, orders)
             cursor = plan.cursor_after
             progress(step, last_step)
         return cursor
@@ -159,10 +159,10 @@ class _Check:
         plan: StepPlan,
         segment: Segment,
         stores: Sequence[SourceStore],
-        fim: Sequence[FimOrder | None],
+        orders: Sequence[ObjectiveOrder | None],
     ) -> None:
         pieces = join_packs(plan.packs)
-        expected = self.expected[step] = hash_stored(pieces, stores, fim)
+        expected = self.expected[step] = hash_stored(pieces, stores, orders)
         self.tokens += plan.num_tokens
         assert self.usage is not None
         self.problems += [f"step {step}: by its own plan, {repeat}" for repeat in self.usage.add(pieces)]
@@ -237,13 +237,13 @@ class _Check:
         return {name: tuple(epochs) for name, epochs in found.items()}
 
 
-def hash_stored(pieces: Pieces, stores: Sequence[SourceStore], fim: Sequence[FimOrder | None]) -> int:
+def hash_stored(pieces: Pieces, stores: Sequence[SourceStore], orders: Sequence[ObjectiveOrder | None]) -> int:
     """What ``PackedBatch.data_hash`` of these pieces must be, summed over ranks, from the stores alone."""
     crcs = []
     columns = (pieces.source, pieces.shard, pieces.document, pieces.start, pieces.length, pieces.epoch)
     for source, shard, document, start, length, epoch in zip(*(column.tolist() for column in columns), strict=True):
         offsets, stored = stores[source].index(shard).token_offsets, np.asarray(stores[source].tokens(shard))
-        begin, order = int(offsets[document]), fim[source]
+        begin, order = int(offsets[document]), orders[source]
         if order is None:
             tokens = stored[begin + start : begin + start + length]
         else:

@@ -245,7 +245,7 @@ def test_differences_of_absent_keys(tmp_path: Path) -> None:
         ("{format: text, columns: {text: body}}", ["has no field 'text'", "text_field"]),
         ("{format: alpaca, columns: {input: q, output: q}}", ["two fields are read from one column"]),
         ("{format: chat}", ["data.sources.0.format"]),
-        ("{format: alpaca, objective: {kind: fim}}", ["fim rearranges raw text", "alpaca"]),
+        ("{format: alpaca, objective: {kind: fim}}", ["fim is for raw text", "alpaca"]),
         ("{objective: {kind: fim, rate: 2}}", ["data.sources.0.objective", "less than or equal to 1, got 2"]),
         ("{objective: {kind: fim, prefix: a, suffix: a}}", ["the sentinels must differ"]),
     ],

@@ -95,7 +95,7 @@ def test_equals_the_reference(stores: tuple[SourceStore, ...], data: st.DataObje
         pack_tokens,
         999,
         truncate_overlong=data.draw(st.booleans()),
-        fim=fim if any(fim) else (),
+        objectives=fim if any(fim) else (),
     )
     every = all_pieces(used, fim, pack_tokens)
     if spec.truncate_overlong:

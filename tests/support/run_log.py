@@ -21,7 +21,7 @@ from dsft.config.load import config_to_json
 from dsft.config.models import RunConfig
 from dsft.fsio import hash_file, write_json
 from dsft.metrics.json_lines import JsonLines
-from dsft.sampling.fim import FillInTheMiddle
+from dsft.sampling.objectives import Objective
 from dsft.sampling.types import Cursor
 from dsft.store.reader import SourceStore
 from dsft.train.attempts import ATTEMPTS_NAME, Attempt, Origin
@@ -44,7 +44,7 @@ class LoggedRun:
     folder: Path
     stores: Sequence[SourceStore]
     config: dict[str, Any]
-    objectives: tuple[FillInTheMiddle | None, ...] = ()
+    objectives: tuple[Objective | None, ...] = ()
 
     def __post_init__(self) -> None:
         self.cursors: dict[int, Cursor] = {}
@@ -72,7 +72,7 @@ class LoggedRun:
         data = Data(_NoTokenizer(), tuple(self.stores), ())  # type: ignore[arg-type]
         sources = planned_sources(parsed, self.stores, self.objectives or (None,) * len(self.stores))
         planner = plan_sources(parsed, sources)
-        spec = replace(build_batch_spec(parsed, data), fim=tuple(source.fim for source in sources))
+        spec = replace(build_batch_spec(parsed, data), objectives=tuple(source.objective for source in sources))
         loaders = [
             Loader(planner_of, spec, rank=rank, num_ranks=num_ranks, micro_batch_packs=1, cost=lambda pack: 1.0)
             for rank, planner_of in enumerate(plan_sources(parsed, sources) for _ in range(num_ranks))
@@ -81,7 +81,12 @@ class LoggedRun:
         origin = None if after is None else Origin(self.checkpoint(after[1]), after[0])
         step = 0 if after is None else after[1]
         begun = Attempt.of(
-            name, step, origin, identity, self.stores, [source.fim and source.fim.objective for source in sources]
+            name,
+            step,
+            origin,
+            identity,
+            self.stores,
+            [source.objective and source.objective.objective for source in sources],
         )
         _append(self.folder / ATTEMPTS_NAME, asdict(begun))
         cursor = planner.start() if after is None else self.cursors[step]

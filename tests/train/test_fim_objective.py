@@ -80,7 +80,7 @@ def test_every_target_but_the_sentinels_is_learned_once_however_it_is_cut(tmp_pa
     opened = store(tmp_path)
     sources = setup.planned_sources(run, (opened,), (OBJECTIVE,))
     planner = setup.plan_sources(run, sources)
-    spec = BatchSpec((opened,), (1.0,), "token", run.data.pack_tokens, pad_id=0, fim=(sources[0].fim,))
+    spec = BatchSpec((opened,), (1.0,), "token", run.data.pack_tokens, pad_id=0, objectives=(sources[0].objective,))
     targets: Counter[int] = Counter()
     first_tokens: Counter[int] = Counter()
     num_tokens = 0
