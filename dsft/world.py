@@ -67,6 +67,36 @@ def discover_world(environ: Mapping[str, str], local_rank_argument: int | None) 
     return world
 
 
+def share_of_work(environ: Mapping[str, str], *, of_array: bool) -> tuple[int, int]:
+    """(number, of how many) of this process among those that share work without talking to each other.
+
+    Args:
+        of_array: the tasks of this SLURM job array share it, each with all of its ranks.
+
+    Raises:
+        LaunchError: as :func:`discover_world`; ``of_array`` outside an array, or in one whose task ids leave gaps.
+    """
+    variables = _Variables(environ)
+    started = any(name in environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+    started = started or ("SLURM_PROCID" in environ and _inside_slurm_step(variables))
+    world = discover_world(environ, None) if started else None
+    rank, size = (world.rank, world.size) if world is not None else (0, 1)
+    if not of_array:
+        return rank, size
+    if "SLURM_ARRAY_TASK_ID" not in environ:
+        raise LaunchError("--array: this is not a task of a SLURM job array (SLURM_ARRAY_TASK_ID is not set).")
+    task, first, last, count = (
+        variables.required("slurm", f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "MAX", "COUNT")
+    )
+    step = variables.integer("SLURM_ARRAY_TASK_STEP") or 1
+    if first + (count - 1) * step != last or (task - first) % step != 0:
+        raise LaunchError(
+            f"--array: the {count} tasks from {first} to {last} of this job array are no range, so they cannot tell "
+            "which share is whose. Submit it as --array=0-N."
+        )
+    return (task - first) // step * size + rank, count * size
+
+
 def check_world_size(world: World, requested: int | None) -> None:
     """Refuse to start with another number of ranks than the configuration asks for.
 

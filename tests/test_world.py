@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from dsft.errors import LaunchError
-from dsft.world import World, check_world_size, discover_world, expand_nodelist
+from dsft.world import World, check_world_size, discover_world, expand_nodelist, share_of_work
 
 DEEPSPEED = {
     "RANK": "3",
@@ -171,3 +171,34 @@ def test_bad_nodelist(nodelist: str) -> None:
 def test_discovery_imports_no_torch() -> None:
     code = "import sys, dsft.dist; assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def array_task(task: int, first: int = 0, last: int = 7, count: int = 8, step: int = 1) -> dict[str, str]:
+    numbers = {"ID": task, "MIN": first, "MAX": last, "COUNT": count, "STEP": step}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in numbers.items()}
+
+
+def test_who_shares_the_work() -> None:
+    mpirun = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3"}
+    mpirun |= {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}
+    batch = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    assert share_of_work({}, of_array=False) == (0, 1)
+    assert share_of_work(batch, of_array=False) == (0, 1), "a batch script prepares alone"
+    assert share_of_work(mpirun, of_array=False) == (1, 3)
+    assert share_of_work(array_task(3), of_array=False) == (0, 1), "not asked to share"
+    assert share_of_work(array_task(3), of_array=True) == (3, 8)
+    assert share_of_work(array_task(14, 10, 14, 3, 2), of_array=True) == (2, 3)
+    assert share_of_work({**array_task(2), **mpirun}, of_array=True) == (7, 24)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({}, "not a task of a SLURM job array"),
+        (array_task(3, 1, 7, 3), "are no range"),
+        ({**array_task(3), "RANK": "1"}, "RANK"),
+    ],
+)
+def test_work_that_cannot_be_shared(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        share_of_work(environ, of_array=True)

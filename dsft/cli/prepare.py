@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,17 +22,28 @@ if TYPE_CHECKING:
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: --set data.bad_records=skip."
 )
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that tokenise.")
-def command(file: Path, overrides: tuple[str, ...], workers: int) -> None:
+@click.option("--array", is_flag=True, help="The tasks of this SLURM job array share the work; the last completes it.")
+def command(file: Path, overrides: tuple[str, ...], workers: int, array: bool) -> None:
     """Turn the raw data of RUN.yaml into token stores.
 
-    What is prepared already is kept; a command that was stopped continues where it was. `dsft train` does the same by
-    itself, with its ranks as the workers.
+    What is prepared already is kept; a command that was stopped continues where it was. Under mpirun and srun the
+    processes share the work. `dsft train` does the same by itself, with its ranks as the workers.
     """
     from dsft.config.load import load_config
+    from dsft.errors import ConfigError
+    from dsft.store.layout import MANIFEST_NAME
     from dsft.store.reader import SourceStore
+    from dsft.world import share_of_work
 
     config = load_config(file, overrides)
-    for folder in prepare_run(config, workers):
+    worker, num_workers = share_of_work(os.environ, of_array=array)
+    if num_workers > 1 and workers > 1:
+        raise ConfigError("--workers: the processes that were started share the work; start more of them instead.")
+    folders = prepare_share(config, worker, num_workers, array) if num_workers > 1 else prepare_run(config, workers)
+    for folder in folders if worker == 0 or array else []:
+        if not (folder / MANIFEST_NAME).is_file():
+            click.echo(f"{folder.name}: this task's share is prepared; the task that finishes last completes it.")
+            continue
         manifest = SourceStore(folder).manifest
         left_out = "".join(f", {count:,} {reason.replace('_', ' ')}" for reason, count in manifest.counts.items())
         click.echo(
@@ -54,6 +66,32 @@ def prepare_run(config: RunConfig, num_workers: int) -> list[Path]:
     with progress_display() as progress:
         return prepare_with_workers(
             make_tokenizer, sections, store_folder(config), num_workers, config.data.bad_records, progress
+        )
+
+
+def prepare_share(config: RunConfig, worker: int, num_workers: int, array: bool) -> list[Path]:
+    """Prepare what is this process's of a run, and wait for the others (in a job array: do not wait)."""
+    from dsft.config.evaluation import EvaluationSetSection
+    from dsft.config.models import SourceSection
+    from dsft.corpus.prepare import prepare_sources
+    from dsft.corpus.progress import no_progress
+    from dsft.train.setup import open_tokenizer, store_folder
+    from dsft.world import discover_world
+
+    if not array:  # ranks of one host share its cores
+        local_size = discover_world(os.environ, None).local_size
+        os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_size)))
+    sections: list[SourceSection | EvaluationSetSection] = [*config.data.sources, *config.evaluate.sets]
+    with progress_display() as display:
+        return prepare_sources(
+            sections,
+            open_tokenizer(config),
+            store_folder(config),
+            worker,
+            num_workers,
+            config.data.bad_records,
+            display if worker == 0 or array else no_progress,
+            waits=not array,
         )
 
 

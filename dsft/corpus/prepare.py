@@ -68,6 +68,7 @@ def prepare_sources(
     num_workers: int,
     bad_records: Literal["error", "skip"],
     progress: Callable[[PrepareProgress], None] = no_progress,
+    waits: bool = True,
 ) -> list[Path]:
     """Prepare sources (or find them prepared) and return their store folders, in order.
 
@@ -78,6 +79,8 @@ def prepare_sources(
         worker, num_workers: this worker's number and how many work (1 waits for nobody).
         bad_records: what an unusable record means.
         progress: called up to five times a second; must be quick. What it raises ends the preparation on all workers.
+        waits: until all sources are whole. Otherwise the worker that finishes a source completes it, and those before
+            it leave it incomplete: for workers that do not run at the same time.
 
     Raises:
         DataError: bad data (names file and line), an empty source, or another worker's failure.
@@ -98,7 +101,8 @@ def prepare_sources(
                 reporter.skip(job.owned_bytes(worker, num_workers))
         for job in jobs:
             reporter.begin_source(job.name)
-            _finish(job, worker, num_workers, reporter, notes)
+            if waits or _is_whole(job, worker, num_workers):
+                _finish(job, worker if waits else 0, num_workers, reporter, notes)
     except BaseException as error:  # whatever ends this worker, those that wait for it must hear of it
         notes.leave(error)
         raise
@@ -246,6 +250,13 @@ def _fresh_manifest(job: _Job) -> Manifest | None:
     shards = range(len(manifest.raw_names))
     whole = all(path.name in names for n in shards for path in (index_path(job.folder, n), tokens_path(job.folder, n)))
     return manifest if whole else None
+
+
+def _is_whole(job: _Job, worker: int, num_workers: int) -> bool:
+    """Whether every shard is published; of a source that one worker takes alone, whether this is that worker."""
+    if job.task.max_documents is not None:
+        return worker == job.owner(0, num_workers) or _fresh_manifest(job) is not None
+    return all(_published(job, number, raw, None) is not None for number, raw in enumerate(job.shards))
 
 
 def _finish(job: _Job, worker: int, num_workers: int, reporter: Reporter, notes: FailureNotes) -> None:

@@ -136,6 +136,9 @@ class _RemoteFile(io.RawIOBase):
             self._handle = self._system.open(self._url, "rb", block_size=BLOCK_BYTES, cache_type="none")
         try:
             data: bytes = self._handle._fetch_range(start, end)
+        except IndexError as error:  # s3fs looks into the arguments of an OSError; those of a timeout are empty
+            self._handle = None
+            raise TimeoutError("the connection stalled") from error
         except BaseException:
             self._handle = None  # the next attempt asks for the file anew
             raise
@@ -200,7 +203,7 @@ def _refuse(url: str, reason: str, error: Exception) -> NoReturn:
 
 def _cause(error: BaseException) -> BaseException:
     """The first error of a chain: fsspec's http turns every failure to ask for a size into FileNotFoundError."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, TimeoutError):
         error = error.__cause__
     return error
 
@@ -242,11 +245,14 @@ def _file_system(url: str) -> Any:
 
     scheme = url.partition("://")[0]
     try:
-        return fsspec.filesystem(scheme, **_options(scheme))
+        system = fsspec.filesystem(scheme, **_options(scheme))
     except ImportError as error:
         raise DataError(
             f"{url}: {scheme}:// needs a library that is not installed ({error.name}): pip install 'dsft[remote]'."
         ) from error
+    if hasattr(system, "retries"):
+        system.retries = 1  # s3fs and gcsfs repeat in silence; six times their attempts would take half an hour
+    return system
 
 
 def _options(scheme: str) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from dsft.corpus import remote
 from dsft.corpus.listing import list_shards, listing_fingerprint
 from dsft.corpus.sources import read_records
 from dsft.errors import DamagedFileError, DataError
 from tests.corpus.test_sources import JSONL, ROWS, WRITERS
+from tests.support.object_store import ENVIRONMENT
 from tests.support.web_server import Fault, WebServer, web_server
 
 BLOCK = 4096
@@ -27,6 +29,16 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
     monkeypatch.setattr(remote, "STALL_SECONDS", 0.3)
     with web_server() as running:
         yield running
+
+
+@pytest.fixture
+def server_as_s3(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> WebServer:
+    """The same server, which answers an S3 client's requests for an object as well."""
+    for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": server.url(), "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # it keeps the client of another server
+    server.files = {"bucket/a.jsonl": JSONL}
+    return server
 
 
 def values(path: str) -> list[object]:
@@ -69,6 +81,33 @@ def test_a_request_that_always_fails_is_a_named_error(fault: Fault, server: WebS
     with pytest.raises(DataError, match=r"a\.jsonl cannot be read: .* 6 attempts in .* failed"):
         values(server.url("a.jsonl"))
     assert len(server.gets) == 6
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "stall", "short"])
+def test_an_s3_request_that_fails_is_repeated_too(fault: Fault, server_as_s3: WebServer) -> None:
+    server_as_s3.faults.extend(["none", fault, fault])
+    with remote.open_remote("s3://bucket/a.jsonl", len(JSONL)) as stream:
+        assert stream.read() == JSONL
+    assert [start for _, start, _ in server_as_s3.gets][:4] == [0, BLOCK, BLOCK, BLOCK]
+    server_as_s3.gets.clear()
+    server_as_s3.faults.extend([fault] * 20)
+    with (
+        pytest.raises(DataError, match=r"a\.jsonl cannot be read: .* 6 attempts in .* failed") as caught,
+        remote.open_remote("s3://bucket/a.jsonl", len(JSONL)) as stream,
+    ):
+        stream.read()
+    assert len(server_as_s3.gets) == 6
+    assert all(secret not in str(caught.value) for secret in ENVIRONMENT.values())
+
+
+def test_s3_access_that_is_denied_is_named_at_once(server_as_s3: WebServer) -> None:
+    server_as_s3.faults.extend(["403"] * 20)
+    with (
+        pytest.raises(DataError, match="access is denied; check the credentials in the environment"),
+        remote.open_remote("s3://bucket/a.jsonl", len(JSONL)) as stream,
+    ):
+        stream.read()
+    assert len(server_as_s3.gets) == 1
 
 
 def test_a_file_that_is_gone_is_not_asked_for_again(server: WebServer) -> None:

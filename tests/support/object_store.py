@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import s3fs
+
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "key-of-the-test", "AWS_SECRET_ACCESS_KEY": "secret-of-the-test"}
 """What a client of the server has in its environment, with AWS_ENDPOINT_URL and a region."""
 
@@ -35,6 +37,7 @@ def s3_server(log: Path, seconds: float = 60.0) -> Iterator[dict[str, str]]:
     try:
         _wait(environment["AWS_ENDPOINT_URL"], process, log, seconds)
         os.environ.update(environment)
+        s3fs.S3FileSystem.clear_instance_cache()  # it keeps the client of another server
         yield environment
     finally:
         for key, value in before.items():

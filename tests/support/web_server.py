@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-Fault = Literal["none", "503", "404", "reset", "stall", "short", "wrong"] | Callable[[], None]
+Fault = Literal["none", "503", "403", "404", "reset", "stall", "short", "wrong"] | Callable[[], None]
 """What one GET of a file meets; a function is called before the file is sent as it should be."""
 
 
@@ -67,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
             fault()
             data = self.server.files[name]
         body = data[start:end]
-        if fault in ("503", "404"):
+        if fault in ("503", "403", "404"):
             self.send_error(int(str(fault)))
             return
         if fault == "wrong":

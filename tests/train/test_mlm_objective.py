@@ -188,4 +188,4 @@ evaluate: {{at_start: true, sets: [{{name: held_out, path: {tmp_path}/text.jsonl
     assert AutoTokenizer.from_pretrained(tmp_path / "exported").mask_token == "[MASK]"
     dsft("eval", tmp_path / "exported", "run.yaml", "--out", tmp_path / "scores")
     measured = json.loads((tmp_path / "scores" / "held_out.json").read_text())
-    assert measured["scores"]["loss"] == pytest.approx(last, rel=1e-5)
+    assert measured["loss"] == pytest.approx(last, rel=1e-5)
