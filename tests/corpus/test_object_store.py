@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,20 +101,25 @@ def test_a_store_from_s3_is_that_from_the_local_files(
     assert ENVIRONMENT["AWS_SECRET_ACCESS_KEY"] not in caplog.text
 
 
+def prepare_command(folder: Path, tokenizer: str, url: str) -> list[str]:
+    """The command that prepares a source into ``folder / "store"``."""
+    config = {
+        "run": {"name": "r", "dir": str(folder / "run")},
+        "model": {"config": {"model_type": "llama"}, "tokenizer": tokenizer},
+        "data": {"pack_tokens": 64, "store_dir": str(folder / "store"), "sources": [{"name": "docs", "path": url}]},
+        "train": {"steps": 1, "global_batch_packs": 1, "lr": 1e-3},
+    }
+    (folder / "run.yaml").write_text(json.dumps(config))
+    return [sys.executable, "-m", "dsft", "prepare", str(folder / "run.yaml")]
+
+
 def test_two_processes_prepare_from_s3(
     tmp_path: Path, store: Any, tokenizer_folders: dict[str, str], base_tokenizer: Tokenizer
 ) -> None:
     raw = raw_folder(tmp_path)
     for file in raw.iterdir():
         store.put_object(Bucket="corpus", Key=f"two/{file.name}", Body=file.read_bytes())
-    config = {
-        "run": {"name": "r", "dir": str(tmp_path / "run")},
-        "model": {"config": {"model_type": "llama"}, "tokenizer": tokenizer_folders["sentencepiece"]},
-        "data": {"pack_tokens": 64, "sources": [{"name": "docs", "path": "s3://corpus/two"}]},
-        "train": {"steps": 1, "global_batch_packs": 1, "lr": 1e-3},
-    }
-    (tmp_path / "run.yaml").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "dsft", "prepare", str(tmp_path / "run.yaml"), "--workers", "2"]
+    command = [*prepare_command(tmp_path, tokenizer_folders["sentencepiece"], "s3://corpus/two"), "--workers", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ.copy(), check=False)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "store").iterdir()
@@ -142,3 +148,28 @@ def test_a_shard_that_came_damaged_is_read_once_more(
     server.faults.extend(["wrong"] * 2)
     with pytest.raises(DamagedFileError, match=r"a\.jsonl\.gz is cut short or damaged"):
         prepare([remote_source(server.url("a.jsonl.gz"))], base_tokenizer, tmp_path / "again")
+
+
+def test_killed_while_it_reads_a_shard_it_goes_on_there(
+    tmp_path: Path, server: WebServer, tokenizer_folders: dict[str, str], base_tokenizer: Tokenizer
+) -> None:
+    raw = raw_folder(tmp_path)
+    server.files = {file.name: file.read_bytes() for file in raw.iterdir()}
+    server.faults.extend(["none", "stall"])
+    url = server.url()
+    process = subprocess.Popen(prepare_command(tmp_path, tokenizer_folders["sentencepiece"], url))
+    try:
+        end = time.monotonic() + 200
+        while len(server.gets) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    assert [name for name, _, _ in server.gets] == ["0.jsonl", "1.jsonl"]
+    (resumed,) = prepare([remote_source(url)], base_tokenizer, tmp_path)
+    assert [name for name, _, _ in server.gets[2:]] == ["1.jsonl", "2.jsonl"], "the first shard is kept"
+    (local,) = prepare([source(raw)], base_tokenizer, tmp_path / "local")
+    assert resumed.fingerprint == local.fingerprint
+    assert documents(resumed) == documents(local)

@@ -139,17 +139,22 @@ def test_a_killed_worker_is_an_error(tmp_path: Path) -> None:
         prepare_with_workers(kill_myself, [source(raw_folder(tmp_path))], tmp_path, 2, "error", lambda report: None)
 
 
+def versions(folder: Path) -> dict[str, tuple[int, int]]:
+    """What changes when a file is replaced; an inode alone may be used again."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
 def test_what_is_prepared_is_kept_and_what_changed_is_made_again(tmp_path: Path, base_tokenizer: Tokenizer) -> None:
     raw = raw_folder(tmp_path)
     (store,) = prepare([source(raw)], base_tokenizer, tmp_path)
-    first = {name: (store.folder / name).stat().st_ino for name in os.listdir(store.folder)}
+    first = versions(store.folder)
     (again,) = prepare([source(raw)], base_tokenizer, tmp_path)
-    assert {name: (store.folder / name).stat().st_ino for name in os.listdir(store.folder)} == first
+    assert versions(store.folder) == first
     assert again.fingerprint == store.fingerprint
 
     write_jsonl(raw / "1.jsonl", [{"text": "something else"}])
     (changed,) = prepare([source(raw)], base_tokenizer, tmp_path)
-    now = {name: (store.folder / name).stat().st_ino for name in os.listdir(store.folder)}
+    now = versions(store.folder)
     assert {name for name in first if first[name] != now[name]} == {
         "shard-000001.tokens",
         "shard-000001.index",
