@@ -299,6 +299,10 @@ class RunConfig(Section):
                         "message (supervise: all, or objective fim or mlm): set loss_reduction: document"
                     )
         if self.data.is_masked:
+            if self.evaluate.bias:
+                raise ValueError(
+                    "evaluate.bias reads sentences from left to right, and objective mlm trains an encoder"
+                )
             for held_out in self.evaluate.sets:
                 if held_out.format != "text" or held_out.memorisation is not None:
                     raise ValueError(

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from dsft.config.models import RunConfig
 
 
-def run(sources: list[dict[str, Any]], sets: list[dict[str, Any]] | None = None) -> RunConfig:
+def run(sources: list[dict[str, Any]], sets: list[dict[str, Any]] | None = None, evaluate: Any = None) -> RunConfig:
     named = [{"name": f"s{number}", "path": "a.jsonl", **source} for number, source in enumerate(sources)]
     return RunConfig.model_validate(
         {
@@ -16,7 +16,7 @@ def run(sources: list[dict[str, Any]], sets: list[dict[str, Any]] | None = None)
             "model": {"path": "m"},
             "data": {"pack_tokens": 64, "sources": named},
             "train": {"tokens": 100, "global_batch_packs": 1, "lr": 1e-3},
-            "evaluate": {"sets": sets or []},
+            "evaluate": {"sets": sets or [], **(evaluate or {})},
         }
     )
 
@@ -46,3 +46,10 @@ def test_defaults_are_those_of_bert() -> None:
 def test_what_cannot_be_meant(sources: list[dict[str, Any]], sets: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         run(sources, sets)
+
+
+def test_bias_is_not_measured_of_an_encoder() -> None:
+    bias = {"name": "b", "kind": "templates"}
+    with pytest.raises(ValidationError, match=r"evaluate\.bias reads sentences from left to right"):
+        run([MLM], evaluate={"bias": [bias]})
+    assert run([{}], evaluate={"bias": [bias]}).evaluate.bias
