@@ -1,12 +1,15 @@
 """What a checkpoint costs, beside DeepSpeed's own on the same disk: ZeRO-3, all state on the CPU, two ranks.
 
-- ``stall_ratio``: how long a save holds up training / how long DeepSpeed's ``save_checkpoint`` does (it does not wait
-  for the disk; dsft does). Median of the saves, taken in turn.
+- ``stall_ratio``: how long a save holds up training (beginning it, copying or waiting before the next update,
+  committing it; the slower rank) / how long DeepSpeed's ``save_checkpoint`` does. Median of the saves, taken in turn.
+- ``final_save_ratio``: a save that is waited for until it is on the disk (end of a run, stop) / DeepSpeed's, which
+  does not wait for the disk.
 - ``load_ratio``: loading at three ranks what two have saved / DeepSpeed's ``load_checkpoint`` at the same two. Both
   from a dropped page cache, into a fresh engine.
 - ``read_ratio``: bytes read by all ranks in that load / 12 bytes a parameter.
-- ``slowdown_ratio``: 20 steps with one save among them / 20 steps without.
-- ``extra_memory_mib``: growth of a rank's resident memory during a save, at its peak (the larger rank).
+- ``slowdown_ratio``: 20 steps with one save among them, committed at their end / 20 steps without.
+- ``extra_memory_mib``: growth of a rank's resident memory during a save, at its peak (the larger rank), of which
+  ``snapshot_mib`` is memory that is kept for the next save (``checkpoint.snapshot_bytes``: at most so much).
 
 ``--full`` uses 100 million parameters instead of 20. The last line is one JSON object.
 """
@@ -56,11 +59,16 @@ def make_engine(num_layers: int) -> Any:
 
 def train(engine: Any, num_steps: int) -> None:
     """Steps on random vectors."""
+    for _ in range(num_steps):
+        compute_gradients(engine)
+        engine.step()
+
+
+def compute_gradients(engine: Any) -> None:
+    """Forward and backward of one step."""
     import torch
 
-    for _ in range(num_steps):
-        engine.backward(engine(torch.randn(8, WIDTH)).pow(2).mean())
-        engine.step()
+    engine.backward(engine(torch.randn(8, WIDTH)).pow(2).mean())
 
 
 def seconds_of(groups: Any, action: Callable[[], object]) -> float:
@@ -87,54 +95,116 @@ def drop_page_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+class Saves:
+    """dsft's saves, as ``dsft.train.saving`` makes them; each counts for how long it held up training."""
+
+    def __init__(self, engine: Any, groups: Any, folder: Path) -> None:
+        from dsft.checkpoint.snapshot import SnapshotMemory
+        from dsft.config.models import CheckpointSection
+
+        self.engine, self.groups, self.folder = engine, groups, folder
+        self.limit_bytes = CheckpointSection().snapshot_bytes
+        self.memory = SnapshotMemory(self.limit_bytes)
+        self.stall_seconds = 0.0
+        self.num_saves = 0
+        self.snapshot: Any = None
+        self.pending: Any = None
+
+    def begin(self) -> None:
+        """After a step."""
+        from dsft.checkpoint.commit import begin
+        from dsft.checkpoint.retention import Keep
+        from dsft.checkpoint.snapshot import Snapshot
+
+        started = time.perf_counter()
+        self.num_saves += 1
+        self.snapshot = Snapshot(self.engine, self.memory)
+        self.pending = begin(
+            self.folder,
+            self.num_saves,
+            groups=self.groups,
+            attempt="benchmark",
+            write_payload=self.snapshot.write,
+            payload_bytes=self.snapshot.num_bytes,
+            state={},
+            keep=Keep(last=1),
+        )
+        self.stall_seconds = time.perf_counter() - started
+
+    def train(self, num_steps: int) -> None:
+        """Steps while a save is in flight. The gather stands for the control message that a step of dsft has anyway."""
+        for _ in range(num_steps):
+            if self.pending is not None and all(self.groups.all_gather_object(self.pending.is_idle)):
+                started = time.perf_counter()
+                if self.pending.advance():
+                    self.pending = None
+                self.stall_seconds += time.perf_counter() - started
+            compute_gradients(self.engine)
+            started = time.perf_counter()
+            self.snapshot.secure()
+            self.stall_seconds += time.perf_counter() - started
+            self.engine.step()
+
+    def finish(self) -> None:
+        """Wait for the commit."""
+        if self.pending is not None:
+            self.pending.finish()
+            self.pending = None
+
+    def save(self) -> None:
+        """Begin, and wait for the commit."""
+        self.begin()
+        self.finish()
+
+
 def measure_saves(groups: Any, folder: Path, num_layers: int) -> dict[str, Any]:
     """Both kinds of save in turn, and what one save does to 20 steps. Leaves one checkpoint of each kind."""
-    from dsft.checkpoint.commit import save
-    from dsft.checkpoint.payload import estimate_bytes, save_engine
     from dsft.dist import without_prints
 
     engine = make_engine(num_layers)
     train(engine, 2)
+    saves = Saves(engine, groups, folder / "dsft")
 
-    def save_ours(step: int) -> None:
-        save(
-            folder / "dsft",
-            step,
-            groups=groups,
-            attempt="benchmark",
-            write_payload=lambda staging: save_engine(engine, staging),
-            payload_bytes=estimate_bytes(engine),
-            state={},
-            keep_last=1,
-        )
-
-    def save_theirs(step: int) -> None:
+    def save_theirs() -> None:
         with without_prints():
             engine.save_checkpoint(str(folder / "deepspeed"), tag="same", save_latest=False)
 
-    ours, theirs, growth_bytes = [], [], 0
-    for step in range(1, NUM_SAVES + 1):
+    stalls, finals, theirs, growth_bytes = [], [], [], 0
+    for _ in range(NUM_SAVES):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before_bytes = memory_bytes("VmRSS")
-        ours.append(seconds_of(groups, lambda step=step: save_ours(step)))
+        saves.begin()
+        saves.train(NUM_STEPS // 2)
+        stalls.append(max(groups.all_gather_object(saves.stall_seconds)))
+        saves.finish()
         growth_bytes = max(growth_bytes, memory_bytes("VmHWM") - before_bytes)
-        theirs.append(seconds_of(groups, lambda step=step: save_theirs(step)))
+        theirs.append(seconds_of(groups, save_theirs))
+        finals.append(seconds_of(groups, saves.save))
     plain_seconds = seconds_of(groups, lambda: train(engine, NUM_STEPS))
 
     def train_and_save() -> None:
         train(engine, NUM_STEPS // 2)
-        save_ours(NUM_SAVES + 1)
-        train(engine, NUM_STEPS // 2)
+        saves.begin()
+        saves.train(NUM_STEPS // 2)
+        saves.finish()
 
     with_save_seconds = seconds_of(groups, train_and_save)
+    saves.save()
+    save_theirs()  # of the same step, for the loads
     if groups.rank == 0:
         drop_page_cache(folder)
+    kept_bytes = len(saves.memory.take(0, pinned=False))
     return {
         "num_parameters": sum(parameter.ds_numel for parameter in engine.module.parameters()),
-        "save_seconds": statistics.median(ours),
+        "step_seconds": plain_seconds / NUM_STEPS,
+        "first_stall_seconds": stalls[0],
+        "stall_seconds": statistics.median(stalls),
+        "final_save_seconds": statistics.median(finals),
         "deepspeed_save_seconds": statistics.median(theirs),
         "slowdown_ratio": with_save_seconds / plain_seconds,
         "extra_memory_mib": max(groups.all_gather_object(growth_bytes)) / 2**20,
+        "snapshot_mib": kept_bytes / 2**20,
+        "snapshot_limit_mib": saves.limit_bytes / 2**20,
     }
 
 
@@ -222,7 +292,8 @@ def main() -> None:
         found = run_phase("saves", 2, folder, num_layers)
         found |= run_phase("load", RESHAPED_RANKS, folder, num_layers)
         found |= run_phase("deepspeed_load", 2, folder, num_layers)
-    found["stall_ratio"] = found["save_seconds"] / found["deepspeed_save_seconds"]
+    found["stall_ratio"] = found["stall_seconds"] / found["deepspeed_save_seconds"]
+    found["final_save_ratio"] = found["final_save_seconds"] / found["deepspeed_save_seconds"]
     found["load_ratio"] = found["load_seconds"] / found["deepspeed_load_seconds"]
     found["read_ratio"] = found["bytes_read"] / (12 * found["num_parameters"])
     print(json.dumps({key: round(value, 4) for key, value in found.items()}))

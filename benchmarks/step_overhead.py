@@ -91,6 +91,9 @@ class Feed:
 class Nothing:
     """Stands in for evaluation and checkpoints: never due, does nothing."""
 
+    num_tasks_done = 0
+    saved_step = None
+
     def __getattr__(self, _name: str) -> Any:
         return lambda *_args: None
 

@@ -1,8 +1,9 @@
 """Saving a checkpoint as a whole, or not at all.
 
-All ranks write into a hidden staging folder; rank 0 adds the state and, last, the manifest with every file's size and
-hash; then the folder gets its name by a rename. A crash at any instant leaves the older checkpoints and at most a
-staging folder, which the next save removes. If anything fails on any rank, all ranks agree on it and raise SaveError.
+All ranks write into a hidden staging folder, each in a thread; rank 0 adds the state and, last, the manifest with every
+file's size and hash; then the folder gets its name by a rename. A crash at any instant leaves the older checkpoints and
+at most a staging folder, which the next save removes. If anything fails on any rank, all ranks agree on it and raise
+SaveError.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import logging
 import os
 import shutil
 import socket
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,7 @@ from dsft.checkpoint.manifest import (
     checkpoint_name,
     manifest_to_json,
 )
-from dsft.checkpoint.retention import remove, retain, sweep
+from dsft.checkpoint.retention import Keep, remove, retain, sweep
 from dsft.dist import Groups
 from dsft.errors import SaveError
 from dsft.fsio import fsync_file, fsync_folder, hash_file, save_error, write_bytes, write_json
@@ -39,7 +43,12 @@ SHARED_FOLDER_SECONDS = 30.0
 """How long a network file system may take to show a new folder to the other hosts (NFS caches absent names)."""
 
 
-def save(
+def save(folder: Path, step: int, **arguments: Any) -> Path:
+    """As :func:`begin`, and wait until it is committed. Collective."""
+    return begin(folder, step, **arguments).finish()
+
+
+def begin(
     folder: Path,
     step: int,
     *,
@@ -48,60 +57,142 @@ def save(
     write_payload: WritePayload,
     payload_bytes: int,
     state: dict[str, Any],
-    keep_last: int,
-) -> Path:
-    """Commit checkpoint ``step`` into ``folder`` and keep the newest ``keep_last``. Collective.
+    keep: Keep,
+) -> PendingSave:
+    """Begin to save checkpoint ``step`` in ``folder``, and remove what ``keep`` does not name. Collective.
 
     Args:
         folder: ``<run>/checkpoints``, on storage that every host sees; only the run's owner may write here.
         step: optimizer steps done.
         attempt: id of this start of the run.
-        write_payload: writes this rank's part; may raise OSError or SaveError.
-        payload_bytes: what this rank will write, about; compared with the free space before anything is written.
+        write_payload: writes this rank's part, in a thread; may raise OSError or SaveError.
+        payload_bytes: what this rank will write; compared with the free space before anything is written.
         state: plain JSON, the same on every rank (rank 0's is written).
-        keep_last: whole checkpoints to keep, at least 1.
-
-    Returns:
-        The committed checkpoint's folder.
+        keep: which checkpoints stay.
 
     Raises:
         SaveError: on every rank alike, naming the first rank that failed. Older checkpoints are untouched.
     """
     staging = folder / f".{checkpoint_name(step)}.{attempt}.tmp"
-    _on_rank_0(groups, staging, lambda: _make_staging(folder, staging))
-    try:
-        groups.agree(_check_staging(staging))
-        _check_space(groups, staging, payload_bytes)
-        written, error = _write(write_payload, staging)
-        groups.agree(error)
-        files = groups.all_gather_object([asdict(file) for file in written])
-        final = folder / checkpoint_name(step)
-
-        def publish_all() -> None:
-            manifest = Manifest(step, attempt, groups.size, tuple(tuple(WrittenFile(**f) for f in fs) for fs in files))
-            publish(staging, final, manifest, state)
-
-        _on_rank_0(groups, staging, publish_all)
-    except SaveError:
-        if groups.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)  # what cannot be removed now, the next save sweeps
-        raise
-    if groups.rank == 0:
-        _after_commit(folder, step, keep_last)
-    return final
-
-
-def _on_rank_0(groups: Groups, path: Path, action: Callable[[], None]) -> None:
-    """Do ``action`` on rank 0 only; an OSError there becomes a SaveError about ``path`` on every rank."""
-    error: SaveError | None = None
+    error: Exception | None = None
     if groups.rank == 0:
         try:
-            action()
+            _make_staging(folder, staging)
         except OSError as failure:
-            error = save_error(path, failure)
-        except SaveError as failure:
-            error = failure
+            error = save_error(staging, failure)
     groups.agree(error)
+    pending = PendingSave(groups, folder, staging, Manifest(step, attempt, groups.size, ()), state, keep)
+    with pending.removed_on_failure():
+        groups.agree(_check_staging(staging))
+        _check_space(groups, staging, payload_bytes)
+    pending.write(write_payload)
+    return pending
+
+
+class PendingSave:
+    """A checkpoint on its way. A thread on each rank writes, then one on rank 0 publishes; nobody waits for them.
+
+    The threads make no collective calls: what they did is agreed in :meth:`advance`, which every rank calls at the same
+    place of its program.
+
+    Attributes:
+        step: optimizer steps done.
+        write_seconds: how long this rank's threads have worked.
+    """
+
+    def __init__(
+        self, groups: Groups, folder: Path, staging: Path, manifest: Manifest, state: dict[str, Any], keep: Keep
+    ) -> None:
+        """Args: as of :func:`begin`; ``manifest``: without files yet."""
+        self.step = manifest.step
+        self.write_seconds = 0.0
+        self._groups = groups
+        self._folder = folder
+        self._staging = staging
+        self._manifest = manifest
+        self._state = state
+        self._keep = keep
+        self._work: Future[Sequence[WrittenFile]] = Future()
+        self._is_publishing = False
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint, once it is committed."""
+        return self._folder / checkpoint_name(self.step)
+
+    @property
+    def is_idle(self) -> bool:
+        """This rank's thread has done what it had to do, well or not. Not collective."""
+        return self._work.done()
+
+    def write(self, write_payload: WritePayload) -> None:
+        """Let the thread write."""
+        self._start(lambda: write_payload(self._staging))
+
+    def advance(self) -> bool:
+        """Wait for this rank's thread, agree on what all of them did, and publish or end. Collective.
+
+        Returns:
+            Whether the checkpoint is committed.
+
+        Raises:
+            SaveError: it failed; on every rank alike. Older checkpoints are untouched.
+        """
+        error: BaseException | None = self._work.exception()
+        if isinstance(error, OSError):
+            error = save_error(Path(error.filename or self._staging), error)
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        with self.removed_on_failure():
+            self._groups.agree(error)
+        if self._is_publishing:
+            return True
+        files = self._groups.all_gather_object([asdict(file) for file in self._work.result()])
+        manifest = replace(self._manifest, files=tuple(tuple(WrittenFile(**f) for f in fs) for fs in files))
+        self._is_publishing = True
+        self._start((lambda: self._publish(manifest)) if self._groups.rank == 0 else tuple)
+        return False
+
+    def finish(self) -> Path:
+        """Wait until the checkpoint is committed. Collective. Raises as :meth:`advance`."""
+        while not self.advance():
+            pass
+        return self.path
+
+    def join(self, seconds: float) -> None:
+        """Wait for this rank's thread, but not longer than that, whatever becomes of the save. Not collective."""
+        wait([self._work], seconds)
+
+    @contextmanager
+    def removed_on_failure(self) -> Iterator[None]:
+        """What fails in here fails on all ranks: rank 0 removes what was written."""
+        try:
+            yield
+        except SaveError:
+            if self._groups.rank == 0:
+                shutil.rmtree(self._staging, ignore_errors=True)  # what cannot be removed now, the next save sweeps
+            raise
+
+    def _start(self, action: Callable[[], Sequence[WrittenFile]]) -> None:
+        work: Future[Sequence[WrittenFile]] = Future()
+        self._work = work
+
+        def run() -> None:
+            started = time.perf_counter()
+            try:
+                result = action()
+            except BaseException as error:  # noqa: BLE001  (``advance`` raises it, on all ranks)
+                work.set_exception(error)
+            else:
+                self.write_seconds += time.perf_counter() - started
+                work.set_result(result)
+
+        threading.Thread(target=run, name=f"save of step {self.step}", daemon=True).start()
+
+    def _publish(self, manifest: Manifest) -> Sequence[WrittenFile]:
+        publish(self._staging, self.path, manifest, self._state)
+        _after_commit(self._folder, self.step, self._keep)
+        return ()
 
 
 def _make_staging(folder: Path, staging: Path) -> None:
@@ -140,15 +231,6 @@ def _check_space(groups: Groups, staging: Path, payload_bytes: int) -> None:
     groups.agree(error)
 
 
-def _write(write_payload: WritePayload, staging: Path) -> tuple[Sequence[WrittenFile], Exception | None]:
-    try:
-        return write_payload(staging), None
-    except OSError as failure:
-        return (), save_error(Path(failure.filename or staging), failure)
-    except Exception as failure:  # noqa: BLE001  (whatever it is, no rank may wait for one that is gone)
-        return (), failure
-
-
 def publish(staging: Path, final: Path, manifest: Manifest, state: dict[str, Any]) -> None:
     """Give a whole staging folder its name, after the state and, last, the manifest were added. One process calls it.
 
@@ -174,10 +256,10 @@ def publish(staging: Path, final: Path, manifest: Manifest, state: dict[str, Any
     fsync_folder(final.parent)
 
 
-def _after_commit(folder: Path, step: int, keep_last: int) -> None:
+def _after_commit(folder: Path, step: int, keep: Keep) -> None:
     """The checkpoint is safe now: what fails here is said, and tried again after the next save."""
     try:
         write_bytes(folder / "latest", f"{checkpoint_name(step)}\n".encode())
-        retain(folder, step, keep_last)
+        retain(folder, step, keep)
     except (OSError, SaveError) as error:
         logger.warning("checkpoint %s is saved, but tidying up in %s failed: %s", checkpoint_name(step), folder, error)

@@ -23,7 +23,7 @@ import torch
 from dsft.checkpoint.commit import publish
 from dsft.checkpoint.layout import LAYOUT_NAME, MASTER, WEIGHT, Layout, StoredTensor
 from dsft.checkpoint.manifest import Manifest, WrittenFile
-from dsft.checkpoint.shard import Entry, entry_name, write_shard
+from dsft.checkpoint.shard import Entry, bytes_of, entry_name, write_shard
 from dsft.constants import MODEL_PREFIX
 from dsft.errors import CheckpointError, ConfigError
 from dsft.fsio import save_error, write_json
@@ -79,7 +79,7 @@ def _write(source: Source, folder: Path) -> list[list[WrittenFile]]:
     for rank, pieces in enumerate(source.pieces):
         ordered = sorted(pieces, key=lambda piece: -piece[2].itemsize)
         entries = [Entry(entry_name(tensor, key), _dtype(flat), flat.numel()) for tensor, key, flat in ordered]
-        files.append(write_shard(folder, rank, entries, (flat for _, _, flat in ordered)))
+        files.append(write_shard(folder, rank, entries, (bytes_of(flat) for _, _, flat in ordered)))
     write_json(folder / LAYOUT_NAME, source.layout.to_json())
     return files
 

@@ -103,18 +103,19 @@ class EngineState:
 
     def batches(self) -> list[frozenset[int | None]]:
         """Flat tensors to load together: all that are in memory (and, as None, what is not trained), NVMe's alone."""
-        on_nvme = [number for number in range(len(self.flats)) if self._is_on_nvme(number)]
+        on_nvme = [number for number in range(len(self.flats)) if self.is_on_nvme(number)]
         in_memory: set[int | None] = {None, *range(len(self.flats))}
         return [frozenset(in_memory.difference(on_nvme)), *(frozenset({number}) for number in on_nvme)]
 
-    def _is_on_nvme(self, number: int | None) -> bool:
+    def is_on_nvme(self, number: int | None) -> bool:
+        """Whether a flat tensor and its states are swapped out between steps."""
         swaps = number is not None and bool(getattr(self._optimizer, "swap_optimizer", False))
         return swaps and bool(self._optimizer._swappable_optimizer_subgroup(number))
 
     @contextmanager
     def resident(self, number: int | None, *, changed: bool = False) -> Iterator[None]:
         """Bring a flat tensor and its states back from NVMe, if that is where they are; write back what was changed."""
-        if not self._is_on_nvme(number):
+        if not self.is_on_nvme(number):
             yield
             return
         self._optimizer._optimizer_states_and_gradient_swap_in(number)
@@ -210,6 +211,8 @@ class EngineState:
             not parameter.requires_grad for parameter in self.engine.module.parameters()
         ):
             reason = "frozen parameters (train.freeze) whose weights are on NVMe (offload_param); use device cpu"
+        elif type(self._optimizer).__name__.startswith("SuperOffload"):
+            reason = "offload_optimizer.super_offload, which updates weights during the backward; leave it out"
         if reason is not None:
             raise ConfigError(f"deepspeed: checkpoints cannot hold the state of {reason}.")
 

@@ -1,56 +1,30 @@
-"""The model's and optimizer's state in a checkpoint: each rank's slices, readable at any world size and ZeRO stage.
+"""Loading model and optimizer state from a checkpoint, at any world size and ZeRO stage (``snapshot`` saves it).
 
-Saving needs no collective and no gather: a rank writes the memory that it owns. Loading reads from the shards only what
-this rank needs, and compares each block with what was written; nobody uses anything before all ranks have agreed that
-all of it was good.
+A rank reads from the shards only what it needs, and compares each block with what was written; nobody uses anything
+before all ranks have agreed that all of it was good.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from itertools import groupby
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dsft.checkpoint.engine_state import EngineState, LocalSlice
-from dsft.checkpoint.layout import LAYOUT_NAME, MASTER, WEIGHT, Layout, StoredTensor, read_layout
-from dsft.checkpoint.manifest import WrittenFile
+from dsft.checkpoint.layout import Layout, StoredTensor, read_layout
 from dsft.checkpoint.opened import OpenCheckpoint
-from dsft.checkpoint.shard import Entry, ShardReader, Wanted, entry_name, write_shard
+from dsft.checkpoint.shard import ShardReader, Wanted, entry_name
 from dsft.dist import Groups
 from dsft.errors import CheckpointError
-from dsft.fsio import write_json
 
-BYTES_PER_PARAMETER = 12
-"""fp32 master weight and Adam's two moments."""
+if TYPE_CHECKING:
+    import torch
 
 
 def check_engine(engine: Any) -> None:
     """Raises ConfigError when the state of this engine cannot be saved: at the start, not at the first save."""
     EngineState(engine)
-
-
-def save_engine(engine: Any, folder: Path) -> Sequence[WrittenFile]:
-    """Write this rank's part of a DeepSpeed engine's state into ``folder``. Not collective.
-
-    Returns:
-        The files this rank wrote, hashed and fsynced.
-
-    Raises:
-        OSError, SaveError: this rank could not write (``commit.save`` makes all ranks agree).
-    """
-    state = EngineState(engine)
-    layout = state.layout()
-    items = _in_file_order(state, layout)
-    entries = [Entry(entry_name(one.tensor, key), state.dtype(one), one.stop - one.start) for one, key in items]
-    files = write_shard(folder, state.rank, entries, _live(state, items))
-    if state.rank == 0:
-        write_json(folder / LAYOUT_NAME, layout.to_json())
-    return files
 
 
 def load_engine(engine: Any, checkpoint: Path, groups: Groups) -> None:
@@ -76,38 +50,6 @@ def load_engine(engine: Any, checkpoint: Path, groups: Groups) -> None:
             if not file.blocks and number % groups.size == groups.rank:
                 opened.check_file(file)
     state.use_masters(layout.counters)
-
-
-def estimate_bytes(engine: Any) -> int:
-    """About what :func:`save_engine` will write on this rank, for the free-space check."""
-    num_bytes = 0
-    for one in EngineState(engine).slices_to_write():
-        element_bytes = BYTES_PER_PARAMETER if one.flat is not None else getattr(torch, one.tensor.dtype).itemsize
-        num_bytes += (one.stop - one.start) * element_bytes
-    return num_bytes
-
-
-def _in_file_order(state: EngineState, layout: Layout) -> list[tuple[LocalSlice, str]]:
-    """Slices and keys: larger types first (alignment), then one flat tensor after the other (NVMe), then by key."""
-    items = [
-        (one, key)
-        for key in (WEIGHT, MASTER, *layout.states)
-        for one in state.slices_to_write()
-        if key in layout.keys_of(one.tensor)
-    ]
-    return sorted(items, key=lambda item: (-getattr(torch, state.dtype(item[0])).itemsize, _flat_number(item[0])))
-
-
-def _flat_number(one: LocalSlice) -> int:
-    return -1 if one.flat is None else one.flat
-
-
-def _live(state: EngineState, items: Sequence[tuple[LocalSlice, str]]) -> Iterator[torch.Tensor]:
-    """The live memory of each item, resident while it is looked at."""
-    for flat, group in groupby(items, key=lambda item: item[0].flat):
-        with state.resident(flat):
-            for one, key in group:
-                yield state.view(one, key)
 
 
 def _check_fit(checkpoint: Path, layout: Layout, state: EngineState) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from dsft.checkpoint.discover import whole_checkpoints
+from dsft.checkpoint.discover import load_state, whole_checkpoints
 from dsft.checkpoint.manifest import step_of
+from dsft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+HELD_OUT_KEY = "held_out_loss"
+"""In a checkpoint's state: the loss of each evaluation set that was measured at its step."""
 
 
 def sweep(folder: Path) -> None:
@@ -22,23 +28,55 @@ def sweep(folder: Path) -> None:
             leftover.unlink()
 
 
-def retain(folder: Path, step: int, keep_last: int) -> None:
-    """Keep the newest ``keep_last`` whole checkpoints up to ``step``, which has just been committed.
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Which whole checkpoints stay.
+
+    Attributes:
+        last: so many newest ones, at least 1.
+        every_steps: besides, the first one of each so many steps.
+        best: besides, the one with the lowest held-out loss of this evaluation set.
+    """
+
+    last: int
+    every_steps: int | None = None
+    best: str | None = None
+
+
+def retain(folder: Path, step: int, keep: Keep) -> None:
+    """Keep what ``keep`` says of the whole checkpoints up to ``step``, which has just been committed.
 
     Checkpoints of later steps belong to a line that the run has left (it went on from an older one): they are set
     aside under another name, so that no resume picks them up, and are never removed by dsft.
     """
-    assert keep_last >= 1
-    kept = 0
-    for checkpoint in whole_checkpoints(folder):
-        its_step = step_of(checkpoint)
-        assert its_step is not None
-        if its_step > step:
-            _set_aside(checkpoint)
-        elif kept < keep_last:
-            kept += 1
-        else:
-            remove(checkpoint)
+    assert keep.last >= 1
+    by_step = {step_of(checkpoint) or 0: checkpoint for checkpoint in whole_checkpoints(folder)}  # newest first
+    for its_step in [one for one in by_step if one > step]:
+        _set_aside(by_step.pop(its_step))
+    kept = {*list(by_step)[: keep.last], *_first_of_each(by_step, keep.every_steps), *_best(by_step, keep.best)}
+    for its_step in by_step.keys() - kept:
+        remove(by_step[its_step])
+
+
+def _first_of_each(steps: Iterable[int], every_steps: int | None) -> list[int]:
+    """The first step in each interval, but for the one at the run's beginning."""
+    if every_steps is None:
+        return []
+    first = {step // every_steps: step for step in sorted(steps, reverse=True)}
+    return [step for number, step in first.items() if number > 0]
+
+
+def _best(by_step: Mapping[int, Path], name: str | None) -> list[int]:
+    """The step with the lowest held-out loss of the set, among those at which it was measured."""
+    losses = {}
+    for step, checkpoint in by_step.items() if name is not None else ():
+        try:
+            loss = load_state(checkpoint).get(HELD_OUT_KEY, {}).get(name)
+        except CheckpointError:
+            continue  # damaged: no resume would take it either
+        if loss is not None:
+            losses[step] = loss
+    return [min(losses, key=lambda step: losses[step])] if losses else []
 
 
 def remove(checkpoint: Path) -> None:

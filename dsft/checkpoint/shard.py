@@ -33,8 +33,6 @@ _SAFETENSORS_NAMES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-_COPY_ELEMENTS = 1 << 22
-"""Elements that are brought from a device to the host at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,39 +49,35 @@ def entry_name(tensor: StoredTensor, key: str) -> str:
     return f"{tensor.name}/{key}"
 
 
-def write_shard(
-    folder: Path, rank: int, entries: Sequence[Entry], tensors: Iterable[torch.Tensor]
-) -> list[WrittenFile]:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor on the CPU (a copy of it where it is not contiguous)."""
+    import torch
+
+    view: memoryview = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view
+
+
+def write_shard(folder: Path, rank: int, entries: Sequence[Entry], contents: Iterable[memoryview]) -> list[WrittenFile]:
     """Write one rank's slices into ``folder``, and the hashes of the file's blocks beside it.
 
     Args:
         entries: what the file will hold; larger types first, so that every slice is aligned.
-        tensors: their flat contents, one after the other, on any device. On the CPU they are written from where they
-            are; from a device they are copied piece by piece.
+        contents: their bytes, one after the other, in any parts; each is written before the next is asked for.
 
     Raises:
         OSError: the file system failed.
     """
     (folder / shard_name(rank)).parent.mkdir(exist_ok=True)
     with BlockHashedFile(folder / shard_name(rank)) as file:
-        file.write(_header(entries))
-        for entry, tensor in zip(entries, tensors, strict=True):
-            assert tensor.numel() == entry.num_elements, (entry, tensor.shape)
-            assert str(tensor.dtype).removeprefix("torch.") == entry.dtype, (entry, tensor.dtype)
-            _write_tensor(file, tensor)
+        header = _header(entries)
+        file.write(header)
+        for part in contents:
+            file.write(part)
+        due_bytes = sum(entry.num_elements * _element_bytes(entry.dtype) for entry in entries)
+        assert file.num_bytes == len(header) + due_bytes, (file.num_bytes, len(header), due_bytes)
     write_bytes(folder / blocks_name(rank), bytes(file.hashes))
     hashes = WrittenFile(blocks_name(rank), *hash_file(folder / blocks_name(rank)))
     return [WrittenFile(shard_name(rank), file.num_bytes, "", blocks_name(rank)), hashes]
-
-
-def _write_tensor(file: BlockHashedFile, tensor: torch.Tensor) -> None:
-    import torch
-
-    flat = tensor.detach().reshape(-1)
-    copied_elements = max(1, flat.numel()) if flat.device.type == "cpu" else _COPY_ELEMENTS
-    for first in range(0, flat.numel(), copied_elements):
-        part = flat[first : first + copied_elements].cpu()
-        file.write(part.contiguous().view(torch.uint8).numpy().data)
 
 
 def _header(entries: Sequence[Entry]) -> bytes:

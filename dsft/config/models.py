@@ -25,7 +25,7 @@ from dsft.config.section import (
     Section,
     UnitInterval,
 )
-from dsft.config.units import PositiveCount
+from dsft.config.units import Count, PositiveCount
 
 
 class RunSection(Section):
@@ -241,12 +241,25 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    """When state is saved, and how much of it is kept. A run always saves at its end and when asked to stop."""
+    """When state is saved, and how much of it is kept. A run always saves at its end and when asked to stop.
 
-    every_steps: PositiveCount | None = None
+    Training goes on while a checkpoint is written.
+    """
+
+    every_steps: PositiveCount | Literal["auto"] | None = None
+    """``auto``: as often as costs no more than 3.5 % of the training time, by what each save has cost."""
     keep_last: Annotated[int, Field(ge=1)] = 3
+    """So many newest checkpoints stay."""
+    keep_every_steps: PositiveCount | None = None
+    """Besides, the first checkpoint of each so many steps stays."""
+    keep_best: str | None = None
+    """Besides, the checkpoint with the lowest held-out loss of this set of ``evaluate.sets`` stays, among those of
+    steps at which it was measured."""
     max_failed_saves: Annotated[int, Field(ge=1)] = 3
     """Saves in a row that may fail (disk full, folder gone) before the run ends; training goes on until then."""
+    snapshot_bytes: Count = 1_000_000_000
+    """Host memory of each rank for what is not yet written when the next optimizer step begins; when it is full, the
+    step waits for the writer. No more is taken than the rank's part of masters and optimizer states."""
 
 
 class LogSection(Section):
@@ -291,6 +304,11 @@ class RunConfig(Section):
                     f"evaluate.sets[{position}].source: no source is called {held_out.source!r}; "
                     f"sources are {sorted(names)}"
                 )
+        sets = [held_out.name for held_out in self.evaluate.sets]
+        if self.checkpoint.keep_best is not None and self.checkpoint.keep_best not in sets:
+            raise ValueError(
+                f"checkpoint.keep_best: no evaluation set is called {self.checkpoint.keep_best!r}; sets are {sets}"
+            )
         if self.train.loss_reduction == "message":
             for position, source in enumerate(self.data.sources):
                 if source.objective != "next_token" or (source.format != "text" and source.supervise == "all"):

@@ -1,10 +1,12 @@
-"""Where a rank is: its phase and step, how long a step and a save take. The loop writes it, the rank's watch reads."""
+"""Where a rank is: its phase and step, how long a step and a save take. Training writes it, the rank's watch reads."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 Phase = Literal["start", "step", "evaluate", "save", "end"]
@@ -18,7 +20,7 @@ class Progress:
         phase: what this rank does now.
         step: optimizer steps taken.
         since: ``time.monotonic()`` at which it began.
-        save_seconds: how long the last save took; None: none yet.
+        save_seconds: how long the last save took to write; None: none yet.
     """
 
     def __init__(self) -> None:
@@ -33,9 +35,17 @@ class Progress:
         now = time.monotonic()
         if self.phase == "step":
             self._step_seconds.append(now - self.since)
-        elif self.phase == "save":
-            self.save_seconds = now - self.since
         self.phase, self.step, self.since = phase, step, now
+
+    @contextmanager
+    def meanwhile(self, phase: Phase) -> Iterator[None]:
+        """Something else, inside of what this rank does and not counted there."""
+        outer, outer_since, began = self.phase, self.since, time.monotonic()
+        self.phase, self.since = phase, began
+        try:
+            yield
+        finally:
+            self.phase, self.since = outer, outer_since + time.monotonic() - began
 
     @property
     def median_step_seconds(self) -> float | None:

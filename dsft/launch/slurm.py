@@ -161,7 +161,7 @@ def measured_signal_seconds(run_dir: Path) -> int:
     for line in metrics.read_bytes().split(b"\n")[:-1]:  # what follows the last line end may be half a line
         record = json.loads(line)
         if record["kind"] == "checkpoint":
-            save_seconds = max(save_seconds, record["seconds"])
+            save_seconds = max(save_seconds, record["write_seconds"])
         elif record["kind"] == "resume":
             step = record["step"]
         elif record["kind"] == "step":

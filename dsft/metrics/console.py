@@ -116,7 +116,8 @@ def _bias_line(record: dict[str, Any], share: str) -> str:
 
 
 def _checkpoint_line(record: dict[str, Any], share: str) -> str:
-    return f"step {record['step']} saved in {record['seconds']:.1f} s: {record['path']}"
+    stall = f"training stood {record['stall_seconds']:.2f} s"
+    return f"step {record['step']} saved in {record['write_seconds']:.1f} s ({stall}): {record['path']}"
 
 
 def _resume_line(record: dict[str, Any], share: str) -> str:

@@ -82,7 +82,7 @@ def facts(history: History) -> list[tuple[str, str]]:
             ("steps without an update", str(steps[-1]["num_skipped"])),
             ("peak memory of a rank", f"{max(record['peak_memory_bytes'] for record in steps) / 1e9:.2f} GB"),
         ]
-    saving = [record["seconds"] for record in history.checkpoints]
+    saving = [record["stall_seconds"] for record in history.checkpoints]
     if saving:
         found.append(
             ("checkpoints", f"{len(saving)}, training stood {math.fsum(saving):.1f} s ({max(saving):.1f} at most)")
@@ -106,7 +106,7 @@ def charts(history: History) -> list[Chart]:
         return [(record["step"], record[key] * scale) for record in steps if record.get(key) is not None]
 
     speed = {kind: column(f"{kind}_tokens_per_second") for kind in ("supervised", "other", "padding")}
-    saves = [(record["step"], record["seconds"]) for record in history.checkpoints]
+    saves = [(record["step"], record["stall_seconds"]) for record in history.checkpoints]
     return [
         Chart("Loss", "nats a token", losses),
         Chart("Learning rate", "", {"learning rate": column("lr")}),

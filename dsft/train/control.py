@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dsft.dist import Groups, PendingControl
 
 _OK, _END, _FAILED = 0, 1, 2
-_FIELDS = ("status", "stop", "plan", "weight", "data_hash", "supervised", "tokens", "padding", "idle")
+_FIELDS = ("status", "stop", "save", "plan", "weight", "data_hash", "supervised", "tokens", "padding", "idle")
 _HASH_MASK = 2**63 - 1
 
 
@@ -31,6 +31,7 @@ class Agreement:
     Attributes:
         end: the data is used up; there is no such step.
         stop: somebody asked to stop; the step is not run and the cursor stands before it.
+        num_save_tasks_done: tasks of saves that the threads of all ranks have ended.
         weight: N, the sum of all row weights of the global batch (fp64, rank order: the same bits on every rank).
         data_hash: sum over ranks of what their tensors hold, modulo 2**63.
         num_supervised, num_tokens, num_padding, num_idle: tokens of the global batch by kind. ``num_tokens`` are
@@ -39,6 +40,7 @@ class Agreement:
 
     end: bool
     stop: bool
+    num_save_tasks_done: int
     weight: float
     data_hash: int
     num_supervised: int
@@ -56,18 +58,21 @@ class Proposal:
     pending: PendingControl
 
 
-def propose(groups: Groups, batch: StepBatch | None, error: Exception | None, *, stop: bool, salt: int) -> Proposal:
+def propose(
+    groups: Groups, batch: StepBatch | None, error: Exception | None, *, stop: bool, num_save_tasks_done: int, salt: int
+) -> Proposal:
     """Post this rank's message for its next step; every rank calls it once a step, also at the end and on an error.
 
     Args:
         batch: the step's micro-batches; None at the end of the data or on an error.
         error: what kept this rank from making its batch. It travels, so that no rank waits for one that is gone.
         stop: this process was asked to stop.
+        num_save_tasks_done: tasks of saves that this rank's threads have ended (``Saver.num_tasks_done``).
         salt: fingerprint of the stores and the configuration, mixed into the plan's hash.
     """
     status = _FAILED if error is not None else (_END if batch is None else _OK)
     row = dict.fromkeys(_FIELDS, 0)
-    row["status"], row["stop"] = status, int(stop)
+    row["status"], row["stop"], row["save"] = status, int(stop), num_save_tasks_done
     row["plan"] = salt & _HASH_MASK
     if batch is not None:
         micro = batch.micro_batches
@@ -103,6 +108,7 @@ def agree(groups: Groups, proposal: Proposal) -> Agreement:
     return Agreement(
         end=bool(column["status"][0] == _END),
         stop=bool(column["stop"].any()),
+        num_save_tasks_done=int(column["save"].min()),
         weight=math.fsum(_bits_float(int(bits)) for bits in column["weight"]),
         data_hash=sum(int(value) for value in column["data_hash"]) & _HASH_MASK,
         num_supervised=int(column["supervised"].sum()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dsft.batch.types import StepBatch
@@ -29,6 +29,7 @@ class EvaluationPlan:
         sets: what to measure.
         watch: overfitting watch; its state travels in ``TrainState.overfit``.
         pack_tokens: most tokens of one forward of a bias test.
+        _last_step, _last_losses: when the sets were measured last, and the loss of each.
     """
 
     section: EvaluateSection
@@ -37,6 +38,7 @@ class EvaluationPlan:
     watch: OverfitWatch
     pack_tokens: int
     _last_step: int = -1
+    _last_losses: dict[str, float] = field(default_factory=dict)
 
     def at_start(self, run: Run, state: TrainState) -> None:
         """Measure the untrained state, if asked for and if this is the start of the run (not of a resume)."""
@@ -47,6 +49,10 @@ class EvaluationPlan:
         """Measure the final state, unless it was just measured."""
         if self.section.at_end and self._last_step != state.step:
             self.measure(run, state)
+
+    def losses_at(self, step: int) -> dict[str, float]:
+        """Loss of each set, if they were measured after this step; else nothing."""
+        return self._last_losses if step == self._last_step else {}
 
     def due(self, state: TrainState, batch: StepBatch) -> bool:
         """Whether the step that was just taken ends an interval or a stage. Equal on all ranks."""
@@ -94,6 +100,7 @@ class EvaluationPlan:
             run.recorder.warn(message)
         state.train_loss = {}
         self._last_step = state.step
+        self._last_losses = {r["set"]: r["loss"] for r in evaluation.records if math.isfinite(r["loss"])}
         state.overfit = self.watch.to_json()
         run.step_log.exclude(time.perf_counter() - started)
         stops = bool(forgotten) or any(found.stops for found in biased)

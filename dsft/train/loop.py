@@ -69,6 +69,7 @@ def train(run: Run, state: TrainState) -> str:
         if agreed.end or agreed.stop:
             outcome = "stopped" if agreed.stop and not agreed.end else "finished"
             break
+        _go_on_saving(run, agreed.num_save_tasks_done, state)
         batch, proposal = proposal.batch, _propose_next(run, batches)
         assert batch is not None, "an agreed step has a batch on every rank"
         lr = run.schedule.lr_at(Position(state.step, state.tokens_trained))
@@ -77,6 +78,7 @@ def train(run: Run, state: TrainState) -> str:
                 run.engine,
                 batch,
                 agreed,
+                run.saver,
                 lr=lr,
                 num_ranks=run.groups.world.size,
                 num_sources=len(run.source_names),
@@ -93,12 +95,13 @@ def train(run: Run, state: TrainState) -> str:
             outcome = "early_stop"
             break
         if save:
-            _save(run, state, must=False)
+            _begin_save(run, state)
     _write_steps(run, state)
+    _finish_saving(run, state)
     if outcome == "stopped" and not _has_time_to_save(run, state):
         outcome = "out_of_time"
     else:
-        _save(run, state, must=True)  # first of all: who asked to stop may not wait for an evaluation
+        _save(run, state)  # first of all: who asked to stop may not wait for an evaluation
     if outcome in ("finished", "early_stop"):
         run.progress.begin("evaluate", state.step)
         run.evaluation.at_end(run, state)
@@ -118,7 +121,14 @@ def _propose_next(run: Run, batches: Iterator[StepBatch]) -> Proposal:
     except Exception as caught:  # noqa: BLE001  (whatever it is, no rank may wait for one that is gone)
         error = caught
     error = error or run.recorder.error or run.step_log.error
-    return propose(run.groups, batch, error, stop=run.stop.requested is not None, salt=run.salt)
+    return propose(
+        run.groups,
+        batch,
+        error,
+        stop=run.stop.requested is not None,
+        num_save_tasks_done=run.saver.num_tasks_done,
+        salt=run.salt,
+    )
 
 
 def _evaluate(run: Run, state: TrainState) -> bool:
@@ -126,13 +136,26 @@ def _evaluate(run: Run, state: TrainState) -> bool:
     return run.evaluation.measure(run, state)
 
 
-def _save(run: Run, state: TrainState, *, must: bool) -> None:
-    """Save. Raises SaveError when it must succeed and did not, or when too many saves in a row have failed."""
+def _begin_save(run: Run, state: TrainState) -> None:
     run.progress.begin("save", state.step)
-    if must:
-        run.saver.save(run, state)
-    else:
-        run.saver.try_save(run, state)
+    run.saver.begin(run, state)
+    _note_checkpoint(run, state)
+
+
+def _go_on_saving(run: Run, num_tasks_done: int, state: TrainState) -> None:
+    run.saver.go_on(run, num_tasks_done)
+    _note_checkpoint(run, state)
+
+
+def _finish_saving(run: Run, state: TrainState) -> None:
+    run.progress.begin("save", state.step)
+    run.saver.finish(run)
+    _note_checkpoint(run, state)
+
+
+def _save(run: Run, state: TrainState) -> None:
+    run.progress.begin("save", state.step)
+    run.saver.save(run, state)
     _note_checkpoint(run, state)
 
 

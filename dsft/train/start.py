@@ -210,6 +210,7 @@ def _train(run: Run, state: TrainState, folder: RunFolder) -> int:
     try:
         outcome = train(run, state)
     finally:
+        run.saver.close()
         run.recorder.close()
         run.loader.close()
     is_stopped = outcome in ("stopped", "out_of_time")
@@ -294,7 +295,6 @@ def build_run(
         "stores": {name: store.fingerprint for name, store in zip(names, data.stores, strict=True)},
         "world_size": groups.size,
     }
-    saver = Saver(config.checkpoint, folder.path / "checkpoints", folder.path / "model", folder.attempt, identity)
     objectives = setup.objectives_in_ids(config, data.tokenizer)
     tokens = setup.train_tokens(config, setup.planned_sources(config, data.stores, objectives))
     throughput = Throughput(
@@ -310,6 +310,8 @@ def build_run(
         recorder = Recorder(folder.path, config.log.sinks, is_main=is_main, console=console)
         log_dir = folder.path if is_main else None
         step_log = StepLog(groups, names, throughput, log_dir, folder.attempt, engine.device)
+    checkpoints, model_folder = folder.path / "checkpoints", folder.path / "model"
+    saver = Saver(config.checkpoint, checkpoints, model_folder, folder.attempt, identity, step_log, rank.progress)
     resume = _with_any(options.resume, saver.folder, groups)
     state, origin = restore(
         resume, saver, engine, groups, recorder, planner.start(), allow_data_change=options.allow_data_change
@@ -322,7 +324,7 @@ def build_run(
         if is_main:
             attempt = Attempt.of(folder.attempt, state.step, origin, identity, data.stores, objectives)
             append_attempt(folder.path, attempt)
-            setup.write_model_folder(folder.path / "model", hf_config, data.tokenizer, engine.module)
+            setup.write_model_folder(model_folder, hf_config, data.tokenizer, engine.module)
     run = Run(
         engine=engine,
         groups=groups,

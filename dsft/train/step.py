@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dsft.batch.types import PackedBatch, StepBatch, model_inputs
 from dsft.train.control import Agreement
+
+if TYPE_CHECKING:
+    from dsft.train.saving import Saver
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ def train_step(
     engine: Any,
     batch: StepBatch,
     agreed: Agreement,
+    saver: Saver,
     *,
     lr: float,
     num_ranks: int,
@@ -54,6 +58,7 @@ def train_step(
     Args:
         engine: DeepSpeed engine around a PackedCausalLM, with ``managed_gradient_accumulation`` off.
         agreed: the step's control message; ``weight`` is N.
+        saver: a save may still be reading what the update changes.
         seed: the run's seed; every micro-batch's generators start from (seed, step, what it holds).
     """
     device = engine.device
@@ -71,6 +76,7 @@ def train_step(
         _add_by_source(source_loss, micro_batch, output.row_nll)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+    saver.before_update()
     engine.step()
     applied = bool(engine.was_step_applied())
     if not applied:

@@ -36,6 +36,7 @@ class StepLog:
         device: of this rank's model.
 
     Attributes:
+        total_excluded_seconds: evaluations and saves since the start.
         error: the data log could not be written. Kept and not raised, because the other ranks must hear of it too.
     """
 
@@ -53,6 +54,7 @@ class StepLog:
         self._throughput = throughput
         self._data_log = None if run_dir is None else JsonLines(run_dir / DATA_LOG_NAME)
         self.error: SaveError | None = None
+        self.total_excluded_seconds = 0.0
         self._waited_before = 0.0
         self._attempt = attempt
         self._device = device
@@ -99,6 +101,7 @@ class StepLog:
     def exclude(self, seconds: float) -> None:
         """Leave ``seconds`` (an evaluation, a save) out of the rates."""
         self._excluded_seconds += seconds
+        self.total_excluded_seconds += seconds
 
     def record(self, waited_seconds: float) -> dict[str, Any]:
         """The record of the steps since the last one: loss over all ranks, per source, rates, memory. Collective.

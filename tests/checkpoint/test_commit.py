@@ -18,6 +18,7 @@ import pytest
 
 from dsft.checkpoint import commit, discover
 from dsft.checkpoint.manifest import MANIFEST_NAME, WrittenFile, read_manifest
+from dsft.checkpoint.retention import HELD_OUT_KEY, Keep
 from dsft.checkpoint.verify import find_damage, newest_usable
 from dsft.dist import Groups
 from dsft.errors import CheckpointError, SaveError
@@ -47,13 +48,13 @@ def save(groups: Groups, folder: str, step: int, **changes: Any) -> str:
         "write_payload": lambda staging: write(groups.rank, step, staging),
         "payload_bytes": 3000,
         "state": {"step": step, "cursor": {"window": 3}},
-        "keep_last": 2,
+        "keep": Keep(last=2),
     }
     return str(commit.save(Path(folder), step, **{**arguments, **changes}))
 
 
 def save_many(groups: Groups, folder: str, steps: list[int], keep_last: int = 2) -> list[str]:
-    return [save(groups, folder, step, keep_last=keep_last) for step in steps]
+    return [save(groups, folder, step, keep=Keep(last=keep_last)) for step in steps]
 
 
 def names(folder: Path) -> list[str]:
@@ -266,6 +267,16 @@ def test_retention_keeps_the_newest_and_what_was_just_saved(tmp_path: Path) -> N
     newest = discover.newest(tmp_path)
     assert newest is not None
     assert newest.name == "step-00000035"
+
+
+def test_the_first_of_each_interval_and_the_best_stay_too(tmp_path: Path) -> None:
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 50: 1.5, 60: 0.5, 70: 0.7}
+    for step in range(10, 80, 10):
+        state = {"step": step, HELD_OUT_KEY: {"papers": losses[step], "other": -step}} if step in losses else {}
+        save(ALONE, str(tmp_path), step, state=state, keep=Keep(last=1, every_steps=25, best="papers"))
+        best = min((one for one in losses if one <= step), key=lambda one: losses[one])
+        kept = {step, best, *(one for one in (30, 50) if one <= step)}
+        assert names(tmp_path) == ["latest", *(f"step-{one:08d}" for one in sorted(kept))], step
 
 
 def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from dsft.checkpoint.payload import load_engine
 from dsft.checkpoint.verify import newest_usable
 from dsft.dist import Groups
 from dsft.errors import CheckpointError
-from tests.checkpoint.test_payload import save_step
+from tests.support.checkpoints import save_step
 from tests.support.ranks import run_ranks
 from tests.support.toy_engine import SETTINGS, differing, make_engine, train, whole_state
 

@@ -12,7 +12,7 @@ import torch
 from dsft.checkpoint.discover import newest
 from dsft.checkpoint.payload import load_engine
 from dsft.dist import Groups
-from tests.checkpoint.test_payload import save_step
+from tests.support.checkpoints import save_step
 from tests.support.ranks import run_ranks
 from tests.support.toy_engine import SETTINGS, differing, make_engine, train, whole_state
 

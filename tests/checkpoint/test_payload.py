@@ -1,4 +1,4 @@
-"""save_engine and load_engine at the same number of ranks: bit-equal state and bit-equal losses, with every ZeRO stage.
+"""Snapshot and load_engine at the same number of ranks: bit-equal state and bit-equal losses, with every ZeRO stage.
 
 What a checkpoint holds is compared with what DeepSpeed's own save of the same engine gives.
 """
@@ -15,28 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsft.checkpoint.commit import save
-from dsft.checkpoint.payload import check_engine, estimate_bytes, load_engine, save_engine
+from dsft.checkpoint.payload import check_engine, load_engine
+from dsft.checkpoint.snapshot import Snapshot, SnapshotMemory
 from dsft.dist import Groups
 from dsft.errors import CheckpointError, ConfigError, SaveError
 from dsft.export.weights import WeightReader
+from tests.support.checkpoints import save_step
 from tests.support.ranks import run_ranks
 from tests.support.toy_engine import SETTINGS, differing, make_engine, train, whole_state
 
 pytestmark = [pytest.mark.launch]
-
-
-def save_step(engine: Any, folder: Path, step: int, groups: Groups) -> Path:
-    return save(
-        folder,
-        step,
-        groups=groups,
-        attempt="first",
-        write_payload=lambda staging: save_engine(engine, staging),
-        payload_bytes=estimate_bytes(engine),
-        state={"step": step},
-        keep_last=9,
-    )
 
 
 def save_and_resume(groups: Groups, folder: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +46,7 @@ def save_and_resume(groups: Groups, folder: str, settings: dict[str, Any]) -> di
         "later_resumed": train(fresh, 3, 4, groups),
         "end_differs": differing(whole_state(engine), whole_state(fresh)),
         "written": written,
-        "estimate": sum(groups.all_gather_object(estimate_bytes(fresh))),
+        "estimate": sum(groups.all_gather_object(Snapshot(fresh, SnapshotMemory(0)).num_bytes)),
         "counters": (engine.global_steps, fresh.global_steps),
     }
 

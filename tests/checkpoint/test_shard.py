@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from dsft.checkpoint.layout import StoredTensor, shard_name
 from dsft.checkpoint.manifest import MANIFEST_NAME, Manifest, manifest_to_json
 from dsft.checkpoint.opened import OpenCheckpoint
-from dsft.checkpoint.shard import Entry, ShardReader, Wanted, entry_name, write_shard
+from dsft.checkpoint.shard import Entry, ShardReader, Wanted, bytes_of, entry_name, write_shard
 from dsft.errors import DamagedCheckpointError
 from dsft.fsio import write_json
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 60), st.integers(0, 150))
 def test_slices_cover_a_tensor_once_and_writers_are_who_wrote(num: int, slice_elements: int, offset: int) -> None:
     tensor = StoredTensor("t", "trained", (num,), "float32", slice_elements, offset)
@@ -36,7 +37,7 @@ def write_checkpoint(folder: Path, tensors: dict[StoredTensor, torch.Tensor], nu
     for rank in range(num_ranks):
         parts = [(tensor, whole[slice(*tensor.slice_of(rank))]) for tensor, whole in tensors.items()]
         entries = [Entry(entry_name(tensor, "weight"), tensor.dtype, part.numel()) for tensor, part in parts]
-        files.append(tuple(write_shard(folder, rank, entries, (part for _, part in parts))))
+        files.append(tuple(write_shard(folder, rank, entries, (bytes_of(part) for _, part in parts))))
     write_json(folder / MANIFEST_NAME, manifest_to_json(Manifest(1, "a", num_ranks, tuple(files))))
     return OpenCheckpoint(folder)
 

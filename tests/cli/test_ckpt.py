@@ -10,10 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from dsft.checkpoint.commit import save
-from dsft.checkpoint.payload import save_engine
+from dsft.checkpoint.retention import Keep
 from dsft.cli.ckpt import command
 from dsft.dist import Groups
 from dsft.errors import CheckpointError
+from tests.support.checkpoints import save_engine
 from tests.support.ranks import run_ranks
 from tests.support.toy_engine import SETTINGS, make_engine, train
 
@@ -25,7 +26,7 @@ def save_two(groups: Groups, run: str) -> None:
     for step in (1, 2):
         train(engine, step, 1, groups)
         state = {"train": {"step": step, "tokens_trained": 1000 * step}, "config": {"train": {"lr": 0.1}}}
-        arguments: dict[str, Any] = {"attempt": "a", "payload_bytes": 0, "state": state, "keep_last": 9}
+        arguments: dict[str, Any] = {"attempt": "a", "payload_bytes": 0, "state": state, "keep": Keep(last=9)}
         save(
             Path(run) / "checkpoints",
             step,

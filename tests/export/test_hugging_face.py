@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dsft.checkpoint.commit import save
-from dsft.checkpoint.payload import save_engine
+from dsft.checkpoint.retention import Keep
 from dsft.cli.export import command
 from dsft.dist import Groups
 from dsft.errors import CheckpointError, ConfigError, SaveError
@@ -25,6 +25,7 @@ from dsft.export.hugging_face import export_checkpoint
 from dsft.export.resolve import checkpoint_of, is_dsft_folder, weights_folder
 from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
 from dsft.model.packed import PackedCausalLM
+from tests.support.checkpoints import save_engine
 from tests.support.ranks import run_ranks
 from tests.support.tokenizers import VOCAB_TOKENS, tiny_tokenizer_folder
 
@@ -105,7 +106,7 @@ def train_and_save(
         write_payload=write_payload,
         payload_bytes=0,
         state={},
-        keep_last=1,
+        keep=Keep(last=1),
     )
     live = {}
     for name, parameter in hf.named_parameters():

@@ -112,7 +112,10 @@ def test_a_time_limit_that_cannot_be_meant() -> None:
 def test_the_signal_comes_early_enough_for_the_saves_of_this_run(tmp_path: Path) -> None:
     assert measured_signal_seconds(tmp_path) == DEFAULT_SIGNAL_SECONDS
     records = [{"kind": "step", "step": 10, "seconds": 200.0}]
-    records += [{"kind": "checkpoint", "step": 10, "seconds": 100.0}, {"kind": "step", "step": 20, "seconds": 150.0}]
+    records += [
+        {"kind": "checkpoint", "step": 10, "write_seconds": 100.0},
+        {"kind": "step", "step": 20, "seconds": 150.0},
+    ]
     text = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / "metrics.jsonl").write_text(text + '{"kind": "checkpoint", "sec')
     assert measured_signal_seconds(tmp_path) == 3 * (100 + 2 * 20) + 60

@@ -118,7 +118,7 @@ def test_plain_lines_without_a_terminal(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.INFO, logger="dsft"):
         console.show("step", STEP)
         console.show("evaluation", {"step": 3, "set": "held", "loss": 2.0, "perplexity": 7.389, "bits_per_byte": 1.1})
-        console.show("checkpoint", {"step": 3, "path": "runs/x", "seconds": 1.2345})
+        console.show("checkpoint", {"step": 3, "path": "runs/x", "stall_seconds": 0.123, "write_seconds": 1.2345})
         console.show("resume", {"step": 3, "path": "runs/x", "from_attempt": "f" * 32})
     console.close()
     step, evaluation, checkpoint, resume = caplog.messages
@@ -126,5 +126,5 @@ def test_plain_lines_without_a_terminal(caplog: pytest.LogCaptureFixture) -> Non
     assert "papers 2.2500" in step
     assert "1,200 tokens/s" in step
     assert "held-out held at step 3: loss 2.0000" in evaluation
-    assert checkpoint == "step 3 saved in 1.2 s: runs/x"
+    assert checkpoint == "step 3 saved in 1.2 s (training stood 0.12 s): runs/x"
     assert resume == "going on after step 3: runs/x"

@@ -56,7 +56,10 @@ def write_run(folder: Path, records: list[dict[str, Any]]) -> Path:
 def folder(tmp_path: Path) -> Path:
     """A run that crashed after step 20 and went on from step 10: ten steps and an evaluation were rolled back."""
     records = [evaluation(0, 5.0, 0.1), *(step(n, 5 - n / 1000) for n in range(1, 21)), evaluation(15, 99.0, 0.1)]
-    records += [{"kind": "checkpoint", "step": 10, "seconds": 1.5}, {"kind": "resume", "step": 10}]
+    records += [
+        {"kind": "checkpoint", "step": 10, "stall_seconds": 1.5, "write_seconds": 9.0},
+        {"kind": "resume", "step": 10},
+    ]
     records += [*(step(n, 5 - n / 1000) for n in range(11, 4001)), {"kind": "warning", "message": "a <loud> word"}]
     records += [evaluation(4000, 1.0, 0.3)]
     run = write_run(tmp_path / "run", records)

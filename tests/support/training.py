@@ -142,6 +142,7 @@ def built_run(
     try:
         yield run, state, parsed, data
     finally:
+        run.saver.close()
         run.recorder.close()
         run.loader.close()
         folder.release()

@@ -42,7 +42,9 @@ def batch(num_rows: int, weight: float, *, filler: bool = False, padding: int = 
     return StepBatch(PLAN, (packed,))
 
 
-def decide(batches: list[StepBatch | None], *, stop=(), salts=None, errors=None) -> list[Agreement | Exception]:
+def decide(
+    batches: list[StepBatch | None], *, stop=(), salts=None, errors=None, saves=None
+) -> list[Agreement | Exception]:
     table = Table([], errors or {})
     proposals = [
         propose(
@@ -50,6 +52,7 @@ def decide(batches: list[StepBatch | None], *, stop=(), salts=None, errors=None)
             one,
             (errors or {}).get(rank),
             stop=rank in stop,
+            num_save_tasks_done=(saves or {}).get(rank, 3),
             salt=(salts or {}).get(rank, 99),
         )
         for rank, one in enumerate(batches)
@@ -75,6 +78,11 @@ def test_sums_over_ranks_and_kinds_of_tokens() -> None:
 
 def test_one_rank_asked_to_stop_stops_all() -> None:
     assert all(result.stop for result in decide([batch(1, 1.0), batch(1, 1.0)], stop=(1,)))
+
+
+def test_a_save_goes_on_when_the_slowest_rank_has_written() -> None:
+    ranks = decide([batch(1, 1.0), batch(1, 1.0), batch(1, 1.0)], saves={0: 8, 1: 7, 2: 8})
+    assert [result.num_save_tasks_done for result in ranks] == [7, 7, 7]
 
 
 def test_the_end_is_seen_by_all() -> None:

@@ -95,14 +95,14 @@ def _train(groups: Groups, folder: Path, run_dir: Path, disk_folder: Path) -> tu
         "checkpoint": {"every_steps": 1, "keep_last": 1, "max_failed_saves": 2},
     }
     disk = Disk(disk_folder) if groups.rank == 0 else None
-    save = Saver.save
+    begin = Saver._begin
 
-    def save_on_a_bad_disk(self: Saver, run: Run, state: TrainState) -> None:
+    def begin_on_a_bad_disk(self: Saver, run: Run, state: TrainState) -> None:
         if disk is not None:
             disk.before_save(state.step)
-        save(self, run, state)
+        begin(self, run, state)
 
-    Saver.save = save_on_a_bad_disk  # type: ignore[method-assign]
+    Saver._begin = begin_on_a_bad_disk  # type: ignore[method-assign]
     with (
         built_run(groups, run_dir, config, [folder / "text"]) as (run, state, _, _),
         pytest.raises(SaveError) as caught,

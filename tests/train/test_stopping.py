@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsft.checkpoint.snapshot import Snapshot
 from dsft.dist import Groups
 from dsft.metrics.recorder import METRICS_NAME
 from dsft.train.loop import Run, train
@@ -26,19 +27,22 @@ SAVE_SECONDS = 1.5
 
 
 def _stop(groups: Groups, folder: Path, config: dict[str, Any], grace_seconds: float, resume: str | None) -> Any:
-    """Train; rank 1 is asked to stop after the first save, which takes ``SAVE_SECONDS`` at least."""
-    try_save = Saver.try_save
+    """Train; rank 1 is asked to stop when the first save has begun, which takes ``SAVE_SECONDS`` at least."""
+    begin, write = Saver.begin, Snapshot.write
 
-    def slow(self: Saver, run: Run, state: TrainState) -> None:
-        try_save(self, run, state)
-        time.sleep(SAVE_SECONDS)
+    def begin_and_stop(self: Saver, run: Run, state: TrainState) -> None:
+        begin(self, run, state)
         if groups.rank == 1:
             run.stop.request("SIGTERM", grace_seconds)
 
-    Saver.try_save = slow  # type: ignore[method-assign]
+    def slow(self: Snapshot, folder: Path) -> Any:
+        time.sleep(SAVE_SECONDS)
+        return write(self, folder)
+
+    Saver.begin, Snapshot.write = begin_and_stop, slow  # type: ignore[method-assign]
     with built_run(groups, folder / "run", config, [folder / "text"], resume=resume) as (run, state, _, _):
         outcome = train(run, state)
-        Saver.try_save = try_save  # type: ignore[method-assign]
+        Saver.begin, Snapshot.write = begin, write  # type: ignore[method-assign]
         return outcome, state.step, run.saver.saved_step
 
 
