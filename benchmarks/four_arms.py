@@ -142,7 +142,7 @@ def advise(folder: Path, base: Path, general: General, corpus: Corpus, name: str
 def held_out(out: Path, answers: int) -> dict[str, Any]:
     """The sets of every arm."""
     sets: list[dict[str, Any]] = [
-        {"name": name, "path": str(out / "data" / name / "held_out.jsonl"), "max_documents": 30}
+        {"name": name, "path": str(out / "data" / name / "held_out.jsonl"), "max_documents": 20}
         for name in ("text", "general")
     ]
     path = str(out / "data" / "pairs" / "held_out.jsonl")
@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the result to this file too")
     parser.add_argument("--work", type=Path, help="keep data and runs in this new folder")
     options = parser.parse_args()
-    budget = Budget(300_000, 80_000, (1, 2, 3), 64) if options.full else Budget(60_000, 20_000, (1,), 24)
+    budget = Budget(150_000, 40_000, (1, 2, 3), 48) if options.full else Budget(60_000, 20_000, (1,), 24)
     started = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="dsft-four-arms-")) if options.work is None else options.work
     general, corpora = make_data(folder / "data")
