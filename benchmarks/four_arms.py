@@ -206,10 +206,9 @@ def run_arms(folder: Path, base: Path, corpus: Corpus, budget: Budget, seeds: Se
     out = folder / f"advise-{corpus.name}"
     nothing = measure_base(folder, out, base, budget)
     general_loss = nothing.pop("general_loss")
-    values: dict[str, list[dict[str, float]]] = {"nothing": [nothing]}
-    for arm in ARMS[1:]:
-        values[arm] = []
-        for seed in seeds:
+    values: dict[str, list[dict[str, float]]] = {"nothing": [nothing], **{arm: [] for arm in ARMS[1:]}}
+    for seed in seeds:
+        for arm in ARMS[1:]:
             name = f"{corpus.name}-{arm}-{seed}"
             run = train(folder, name, arm_config(folder, out, base, arm, budget, seed))
             values[arm].append(measure(run, general_loss))

@@ -34,6 +34,9 @@ evaluate:
     - {{name: text, path: {folder}/text.jsonl}}
     - {{name: qa, path: {folder}/qa.jsonl, format: prompt_completion, generate: 6, max_new_tokens: 8, temperature: 1.0,
        metrics: [rougeL, bleu, chrf], checker: {folder}/checker.py}}
+  bias:
+    - {{name: jobs, kind: templates, max_items: 12}}
+    - {{name: words, kind: word_list, path: {folder}/prompts.txt, words: {folder}/words.txt, max_new_tokens: 8}}
 """
 
 
@@ -52,6 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.jsonl").write_text("\n".join(texts) + "\n")
     (folder / "qa.jsonl").write_text("\n".join(pairs) + "\n")
     (folder / "checker.py").write_text("def check(prompt, answer, reference): return len(answer) % 2 == 0\n")
+    (folder / "prompts.txt").write_text("The pilot said\nThe nurse said\nNobody said\n")
+    (folder / "words.txt").write_text("".join(f"{letter}\n" for letter in "abcdefghij"))
     (folder / "run.yaml").write_text(RUN_YAML.format(folder=folder, repository=REPOSITORY))
     _eval(folder, "alone", [sys.executable, "-m", "dsft"], "model")
     launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "--module", "dsft"]
@@ -104,6 +109,10 @@ def test_two_ranks_of_zero_3_measure_what_one_process_measures(folder: Path) -> 
     ranks = _result(folder, "ranks", "qa")
     assert set(ranks["scores"]) == {"rougeL", "bleu", "chrf", "pass_rate"}
     assert sum(ranks["outcomes"].values()) == 6
+    for name in ("jobs", "words"):
+        alone, ranks = (json.loads((folder / out / "bias" / f"{name}.json").read_bytes()) for out in ("alone", "ranks"))
+        assert alone == ranks
+        assert alone["num_items"] == {"jobs": 12, "words": 3}[name]
 
 
 def test_it_goes_on_where_it_stopped_and_compares_two_models(folder: Path) -> None:
@@ -122,6 +131,7 @@ def test_it_goes_on_where_it_stopped_and_compares_two_models(folder: Path) -> No
     values = [_result(folder, out, "text")["loss"] for out in ("alone", "other-results")]
     assert found["text"]["loss"].value == pytest.approx(values[1] - values[0], rel=1e-9)
     assert set(found["qa"]) == {"loss", "token_accuracy", "exact_match", "f1", "rougeL", "pass_rate"}
+    assert found["bias jobs"]["value"].low <= found["bias jobs"]["value"].value <= found["bias jobs"]["value"].high
     assert not any(one.is_significant for one in compare(folder / "alone", folder / "ranks", seed=17)["qa"].values())
 
     log_file = folder / "refused.log"
