@@ -52,6 +52,8 @@ def wrong(hosts: list[Probed], wanted: Wanted | None = None) -> list[Finding]:
     [
         ({"gpus": 4}, "slots", "b: the hostfile says slots=8, and it has 4 GPUs"),
         ({"nccl": "2.26"}, "CUDA and NCCL", "b: CUDA 12.8, NCCL 2.26; a, c: CUDA 12.8, NCCL 2.27"),
+        ({"python": "3.12.1"}, "Python", "b: 3.12.1; a, c: 3.11.7"),
+        ({"code": None}, "dsft's code", "b: none (not installed there); a, c: abc"),
         ({"began": 400.0}, "clock", "off on b (+298 s)"),
         ({"ended": 90.0}, "clock", "off on b (-10 s)"),
         ({"shm_bytes": 64 << 20}, "/dev/shm", "too small for 66 MiB a rank on b"),

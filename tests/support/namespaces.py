@@ -165,7 +165,7 @@ def _host_command(folder: Path, name: str, addresses: Mapping[str, str], extra: 
 
 
 def _connect(switch: int, host: int, name: str, address: str) -> None:
-    _in_network(switch, *f"ip link add {name} type veth peer name {INTERFACE} netns {host}".split())
+    _in_network(switch, *f"ip link add name {name} type veth peer name {INTERFACE} netns {host}".split())
     _in_network(switch, *f"ip link set {name} master switch up".split())
     _in_network(host, *f"ip address add {address}/24 dev {INTERFACE}".split())
     _in_network(host, *f"ip link set {INTERFACE} up".split())
