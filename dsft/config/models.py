@@ -87,6 +87,9 @@ class SourceSection(Section):
     """The format's field -> the data's name for it, where they differ: ``{prompt: question, completion: answer}``."""
     weight: NonNegativeFloat = 1.0
     """Share of the tokens drawn, relative to the other sources; 0 means not drawn."""
+    exhausted: Literal["repeat", "stop", "error"] = "repeat"
+    """When all documents of this source are used and the mixture asks for one more: repeat: its next pass begins, in a
+    new order; stop: training ends there; error."""
     loss_weight: NonNegativeFloat = 1.0
     """Factor on this source's rows in the loss; 0 means never supervised."""
     supervise: Literal["assistant", "last_assistant", "all"] = "assistant"

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from dsft.errors import DataError
 from dsft.ops import backend, planning
 from dsft.sampling.order import DocumentChunk, SourceOrder
 from dsft.sampling.types import SourcePosition
@@ -61,6 +62,16 @@ class _Reader:
         """Epoch of the next document."""
         assert self._chunk is not None
         return self._chunk.epoch
+
+    def must_stop(self) -> bool:
+        """Whether training ends before this source is repeated. Raises DataError where it must not be repeated."""
+        if self._order.source.exhausted == "error":
+            raise DataError(
+                f"data source {self._order.source.name!r} is used up after {self.position.tokens_drawn:,} tokens, and "
+                "must not be repeated (exhausted: error). Train for fewer tokens, lower its weight, add documents, or "
+                "set exhausted to repeat or stop."
+            )
+        return self._order.source.exhausted == "stop"
 
     def planned(self, last_epoch: int) -> npt.NDArray[np.int32]:
         """Planned tokens of the documents read ahead, none of a later epoch than ``last_epoch``."""
@@ -116,7 +127,7 @@ class Mixture:
         max_documents: int,
         max_tokens: int,
         epoch_tokens: int,
-    ) -> DrawnDocuments:
+    ) -> DrawnDocuments | None:
         """Draw until the first of: ``max_documents`` documents; at least ``max_tokens`` planned tokens; a source that
         is at its epoch's end is furthest behind, and at least ``epoch_tokens`` planned tokens are drawn.
 
@@ -124,8 +135,11 @@ class Mixture:
             weights: one per source, at least one > 0.
             stage_tokens_drawn: per source, tokens already drawn under these weights.
 
+        Returns:
+            None: training is at its end, because the next document would repeat a source whose end it is.
+
         Raises:
-            DataError: a source with a weight has no document.
+            DataError: a source with a weight has no document, or must not be repeated and is used up.
         """
         drawn = list(stage_tokens_drawn)
         active = [source for source, weight in enumerate(weights) if weight > 0]
@@ -135,17 +149,18 @@ class Mixture:
         while max_documents > 0 and num_tokens < max_tokens:
             block = self._draw_block(weights, drawn, last_epoch, max_documents, max_tokens - num_tokens)
             if block is None:  # the next document would be the first of an epoch
-                if num_tokens >= epoch_tokens:
-                    break
                 ended = [source for source in active if self._readers[source].next_epoch > last_epoch[source]]
-                last_epoch[min(ended, key=lambda source: drawn[source] / weights[source])] += 1
+                source = min(ended, key=lambda source: drawn[source] / weights[source])
+                if num_tokens >= epoch_tokens or self._readers[source].must_stop():
+                    break
+                last_epoch[source] += 1
                 continue
             for source in active:
                 drawn[source] += int(block.planned[block.source == source].sum(dtype=np.int64))
             max_documents -= len(block.source)
             num_tokens += block.num_tokens
             blocks.append(block)
-        return _concatenate(blocks)
+        return _concatenate(blocks) if blocks else None
 
     def _draw_block(
         self,

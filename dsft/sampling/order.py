@@ -110,7 +110,7 @@ class SourceOrder:
     def __init__(
         self, source: PlannedSource, *, seed: int, group_shards: int, pack_tokens: int, overlong: Overlong
     ) -> None:
-        self._source = source
+        self.source = source
         self._group_shards = group_shards
         self._pack_tokens = pack_tokens
         self._overlong: Overlong = overlong
@@ -146,8 +146,8 @@ class SourceOrder:
     def shards_of_group(self, epoch: int, group: int) -> npt.NDArray[np.int64]:
         """Numbers of the shards of a group, in the epoch's order."""
         begin = group * self._group_shards
-        end = min(begin + self._group_shards, self._source.num_shards)
-        permutation = Permutation(self._source.num_shards, derive_key(self._shard_key, epoch))
+        end = min(begin + self._group_shards, self.source.num_shards)
+        permutation = Permutation(self.source.num_shards, derive_key(self._shard_key, epoch))
         return permutation(np.arange(begin, end, dtype=np.int64))
 
     def documents_at(
@@ -194,7 +194,7 @@ class SourceOrder:
     def _load(self, epoch: int, group: int) -> _Group:
         if self._loaded is None or (self._loaded.epoch, self._loaded.group) != (epoch, group):
             shards = self.shards_of_group(epoch, group)
-            lengths = [self._source.lengths_in(epoch, int(shard)) for shard in shards]
+            lengths = [self.source.lengths_in(epoch, int(shard)) for shard in shards]
             counts = np.array([len(column) for column in lengths], dtype=np.int64)
             self._loaded = _Group(
                 epoch=epoch,
@@ -212,11 +212,11 @@ class SourceOrder:
     def _no_document_error(self, dropped: int) -> DataError:
         if dropped == 0:
             return DataError(
-                f"source {self._source.name!r} has no document in any of its {self._source.num_shards} shards, but the "
+                f"source {self.source.name!r} has no document in any of its {self.source.num_shards} shards, but the "
                 "mixture draws from it. Check data.sources path and format, or set its weight to 0."
             )
         return DataError(
             f"packs of data.pack_tokens = {self._pack_tokens} are too short for every document of source "
-            f"{self._source.name!r}, so data.overlong = {self._overlong} leaves nothing to train on. Raise "
+            f"{self.source.name!r}, so data.overlong = {self._overlong} leaves nothing to train on. Raise "
             "data.pack_tokens, or set data.overlong to split or truncate."
         )

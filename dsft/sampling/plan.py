@@ -192,6 +192,8 @@ class Planner:
             cursor = replace(cursor, window_end_tokens=self._train_tokens)
         while cursor.window_end_tokens is None or cursor.tokens_drawn < cursor.window_end_tokens:
             window = self._plan_window(mixture, cursor)
+            if window is None:
+                return
             if cursor.pack >= window.num_packs:
                 raise CheckpointError(
                     f"the checkpoint stands after pack {cursor.pack} of window {cursor.window}, but that window has "
@@ -200,7 +202,7 @@ class Planner:
             yield window
             cursor = window.next_cursor
 
-    def _plan_window(self, mixture: Mixture, cursor: Cursor) -> Window:
+    def _plan_window(self, mixture: Mixture, cursor: Cursor) -> Window | None:
         stage = self._stages[cursor.stage]
         limits = [cursor.tokens_drawn + self._window_tokens, self._stage_end(cursor.stage), cursor.window_end_tokens]
         documents = mixture.draw(
@@ -210,6 +212,8 @@ class Planner:
             min(limit for limit in limits if limit is not None) - cursor.tokens_drawn,
             EPOCH_WINDOW_PACKS * self._pack_tokens,
         )
+        if documents is None:
+            return None
         row, start, length = split_documents(documents.planned, self._pack_tokens)
         packing = best_fit_decreasing(length, self._pack_tokens)
         shuffle = Permutation(len(packing.offsets) - 1, derive_key(self._pack_key, cursor.window))

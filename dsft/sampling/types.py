@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from dsft.sampling.objectives import ObjectiveOrder
+
+Exhausted = Literal["repeat", "stop", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +24,15 @@ class PlannedSource:
         lengths: shard number -> int32[N] tokens per document. May wait for a shard that is still being prepared; it is
             only called from the prefetch thread.
         objective: how an epoch changes its documents; None: not at all.
+        exhausted: what happens when its documents are used up and one more is due: the next pass, the end of training,
+            or an error.
     """
 
     name: str
     num_shards: int
     lengths: Callable[[int], npt.NDArray[np.int32]]
     objective: ObjectiveOrder | None = None
+    exhausted: Exhausted = "repeat"
 
     def lengths_in(self, epoch: int, shard: int) -> npt.NDArray[np.int32]:
         """Tokens of each document as an epoch trains on it, int32[N]: before the overlong policy."""

@@ -164,6 +164,7 @@ def planned_sources(
             store.num_shards,
             partial(_lengths, store),
             None if objective is None else order_of(objective, config.run.seed, source.name),
+            source.exhausted,
         )
         for source, store, objective in zip(config.data.sources, stores, objectives, strict=True)
     )

@@ -236,7 +236,7 @@ def test_waiting_is_measured(stores: tuple[SourceStore, ...]) -> None:
 
     planner = make_planner(stores)
     for order, store in zip(planner._orders, stores, strict=True):
-        order._source = PlannedSource(store.name, store.num_shards, partial(slow, store))
+        order.source = PlannedSource(store.name, store.num_shards, partial(slow, store))
     loader = make_loader(stores, planner=planner)
     steps = loader.steps(planner.start())
     next(steps)

@@ -88,7 +88,7 @@ def run_training(
     with built_run(groups, run_dir, config, stores, resume=resume) as (run, state, parsed, data):
         if relaid:
             planner: Any = OneDocumentPerPack(setup.build_planner(parsed, data))
-            cost = model_cost(run.engine.module.hf.config)
+            cost = model_cost(run.engine.module.hf.config, parsed.data.is_masked)
             loader = setup.build_loader(parsed, data, planner, cost, rank=groups.rank, num_ranks=groups.size)
             run = replace(run, loader=loader)
         unsupervised = _count_unsupervised(run.loader, state.cursor, parsed.train.steps or 0)
@@ -119,14 +119,14 @@ def built_run(
     """
     parsed = RunConfig.model_validate({**config, "run": {"name": "t", "dir": str(run_dir), "seed": 17}})
     tokenizer: Any = SimpleNamespace(
-        vocab_tokens=1,
+        vocab_tokens=SourceStore(stores[0]).manifest.vocab_tokens if parsed.data.is_masked else 1,
         num_added=0,
         pad_id=0,
         eos_id=2,
         chat_template=None,
-        control=SimpleNamespace(ids=frozenset()),
+        control=SimpleNamespace(ids=frozenset({0, 1, 2})),
         decode=lambda ids: " ".join(map(str, ids)),
-        hf=SimpleNamespace(save_pretrained=lambda _: None),
+        hf=SimpleNamespace(save_pretrained=lambda _: None, mask_token_id=1),
     )
     data = setup.Data(tokenizer, tuple(map(SourceStore, stores)), tuple(map(SourceStore, held_out)))
     deepspeed_config = build_deepspeed_config(parsed, groups.size, "cpu")
@@ -138,7 +138,8 @@ def built_run(
     folder = take_run_folder(run_dir, groups)
     rank = Rank(groups, "cpu", deepspeed_config, folder, StopFlag(), Progress(), Phases())
     engine, hf_config = setup.build_engine(parsed, data, groups, parsed.model.path, deepspeed_config, "cpu")
-    run, state = build_run(parsed, Options(resume=resume), data, rank, engine, hf_config, model_cost(hf_config))
+    cost = model_cost(hf_config, parsed.data.is_masked)
+    run, state = build_run(parsed, Options(resume=resume), data, rank, engine, hf_config, cost)
     try:
         yield run, state, parsed, data
     finally:
