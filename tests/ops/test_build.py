@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -26,6 +27,20 @@ def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backend, "_chosen", None)
     yield
     native.load_cpu_library.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library, built once for the tests that are about something else."""
+    build.build_ahead(folder := tmp_path_factory.mktemp("compiled"), cuda=False)
+    return folder / build.CPU_LIBRARY
+
+
+def put(content: bytes) -> None:
+    """As if the library had been built into this test's cache."""
+    folder = build.cpu_library_path().parent
+    folder.mkdir(parents=True, mode=0o700)
+    (folder / build.CPU_LIBRARY).write_bytes(content)
 
 
 def broken_compiler(folder: Path) -> str:
@@ -113,7 +128,8 @@ def num_announcements(caplog: pytest.LogCaptureFixture) -> int:
     return sum(record.name == "dsft.ops.backend" for record in caplog.records)  # a first build speaks too
 
 
-def test_the_backend_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_backend_is_announced_once(compiled: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(compiled.read_bytes())
     caplog.set_level("INFO", logger="dsft.ops.backend")
     for _ in range(3):
         assert backend.choose("auto") == "native"
@@ -130,9 +146,8 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.choose("native")
 
 
-def test_a_damaged_library_is_named(tmp_path: Path) -> None:
-    library = build.build_cpu_library()
-    library.write_bytes(b"not a library")
+def test_a_damaged_library_is_named() -> None:
+    put(b"not a library")
     with pytest.raises(KernelError, match="cannot be loaded"):
         backend.choose("native")
 
@@ -163,8 +178,10 @@ def test_info_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "reference: no C++ compiler" in found
 
 
-def test_a_library_that_came_with_the_wheel_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build.build_ahead(tmp_path / "dsft" / build.PREBUILT_FOLDER, cuda=False)
+def test_a_library_that_came_with_the_wheel_needs_no_compiler(
+    compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(compiled.parent, tmp_path / "dsft" / build.PREBUILT_FOLDER)
     monkeypatch.setattr(build, "__file__", str(tmp_path / "dsft" / "ops" / "build.py"))
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
