@@ -18,10 +18,11 @@ from dsft.errors import LaunchError
 from dsft.fsio import save_error
 from dsft.launch import probe
 from dsft.launch.checks import Finding, Probed, Wanted, judge
-from dsft.launch.hosts import Answer, ask_all, over_ssh
+from dsft.launch.hosts import LIMIT_SECONDS, Answer, ask_all, over_ssh
 
 logger = logging.getLogger(__name__)
 
+_PATIENT_SECONDS = 60.0
 _REPAIRED_AT_START = ("op locks",)
 """Checks of the doctor that need not keep a run from starting: dsft train removes such a lock."""
 
@@ -52,7 +53,7 @@ def is_here(host: Host) -> bool:
     return host.name in ("localhost", "127.0.0.1", socket.gethostname())
 
 
-def ask_hosts(hosts: Sequence[Host], wanted: Wanted) -> list[Probed]:
+def ask_hosts(hosts: Sequence[Host], wanted: Wanted, limit_seconds: float = LIMIT_SECONDS) -> list[Probed]:
     """Probe all hosts at the same time over ssh; the only host of a run, if it is this one, without."""
     nonce = uuid.uuid4().hex
     commands = []
@@ -60,7 +61,7 @@ def ask_hosts(hosts: Sequence[Host], wanted: Wanted) -> list[Probed]:
         words = [wanted.python, "-", _request(hosts[0], number, nonce, wanted)]
         commands.append(words if len(hosts) == 1 and is_here(host) else over_ssh(host.name, words))
     with _Marks(wanted.folders, nonce) as marks:
-        answers = ask_all(commands, Path(probe.__file__).read_text())
+        answers = ask_all(commands, Path(probe.__file__).read_text(), limit_seconds)
         return [
             Probed(host, _read(answer), answer, marks.of(number))
             for number, (host, answer) in enumerate(zip(hosts, answers, strict=True))
@@ -142,6 +143,8 @@ def place(hosts: Sequence[Host], wanted: Wanted, *, min_nodes: int | None, maste
         LaunchError: something is wrong that would keep the run from working; every finding with what to do.
     """
     probed = ask_hosts(hosts, wanted)
+    if any(one.answer.code is None for one in probed):  # up but slow, and a run must not lose a host for that
+        probed = ask_hosts(hosts, wanted, _PATIENT_SECONDS)
     there = [one for one in probed if one.report is not None]
     if len(hosts) > 1 and shutil.which("pdsh") is None:
         raise LaunchError("deepspeed starts ranks on other hosts with pdsh, which is not installed here. Install pdsh.")
