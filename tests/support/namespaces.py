@@ -199,7 +199,7 @@ def _held(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _need_namespaces() -> None:
-    """Skip where the kernel or the container allows none, in CI too: that is no tool that an installation could bring."""
+    """Skip where the kernel or the container allows none, in CI too: no installation could change that."""
     answer = subprocess.run(
         ["unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc", "ip", "link", "set", "lo", "up"],
         capture_output=True,
