@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
@@ -31,7 +33,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Groups", "PendingControl", "World", "check_world_size", "discover_world", "from_bits", "init", "to_bits"]
 
+logger = logging.getLogger(__name__)
+
 DeviceType = Literal["cpu", "cuda"]
+SAY_AFTER_SECONDS = 2.0
+"""Others that are on their way are met sooner; then the error is said once, by who raises it."""
 CONTROL_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others. Longer than any phase in which ranks work alone (they poll there instead)."""
 
@@ -128,7 +134,8 @@ class Groups:
         elif error is not None:
             text = f"another rank failed, and its own output has the traceback: {type(error).__name__}: {error}"
             mine = {"kind": TrainingError.__name__, "text": text, "host": socket.gethostname()}
-        everyones = self.all_gather_object(mine)
+        with _said_while_waiting(error):
+            everyones = self.all_gather_object(mine)
         if error is not None and not isinstance(error, DsftError):
             raise error
         for rank, theirs in enumerate(everyones):
@@ -169,6 +176,22 @@ class Groups:
             raise _rank_lost(error) from error
         assert work is not None
         return PendingControl(work, parts)
+
+
+@contextmanager
+def _said_while_waiting(error: Exception | None) -> Iterator[None]:
+    """Say this rank's error already while it waits for the others, of which one may hang or be at work for long."""
+    if error is None:
+        yield
+        return
+    message = "%s: %s. This rank waits for the others to hear of it."
+    timer = threading.Timer(SAY_AFTER_SECONDS, logger.error, (message, type(error).__name__, str(error).rstrip(".")))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _wait(work: torch.distributed.Work) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
-from dsft.dist import Groups, from_bits, to_bits
+from dsft.dist import SAY_AFTER_SECONDS, Groups, from_bits, to_bits
 from dsft.errors import DataError, SaveError, TrainingError
 from tests.support.ranks import RankError, run_ranks
 
@@ -60,6 +62,34 @@ def test_one_failure_is_everyones_failure() -> None:
         run_ranks(fail_on_rank_one, 2, timeout_seconds=60)
     assert "rank 0" in str(caught.value.__cause__)  # both raised it
     assert "rank 1" in str(caught.value.__cause__)
+
+
+def fail_while_the_other_is_busy(groups: Groups) -> list[str]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dsft.dist").addHandler(handler)
+    heard_in_time = False
+    try:
+        with groups.together():
+            if groups.rank == 1:
+                raise DataError("a.jsonl:7 is not valid JSON.")
+            time.sleep(SAY_AFTER_SECONDS + 1.5)
+    except DataError:
+        heard_in_time = True
+    assert heard_in_time
+    before = len(said)
+    with suppress(DataError), groups.together():
+        raise DataError("all at once")
+    assert len(said) == before, "nobody had to wait"
+    logging.getLogger("dsft.dist").removeHandler(handler)
+    return said
+
+
+def test_a_rank_that_failed_says_so_while_the_others_are_busy() -> None:
+    busy, failed = run_ranks(fail_while_the_other_is_busy, 2, timeout_seconds=60)
+    assert busy == []
+    assert failed == ["DataError: a.jsonl:7 is not valid JSON. This rank waits for the others to hear of it."]
 
 
 def break_on_rank_one(groups: Groups) -> tuple[str, str]:

@@ -155,9 +155,10 @@ def train(step: Step, deadline: Deadline) -> None:
 
 def bench(step: Step, deadline: Deadline) -> None:
     """The loss beside its peers, for as long as there is time."""
-    seconds = max(10.0, min(150.0, deadline.left() - 40.0))
+    slack = 60.0  # of the last size begun, and the errors; a peer's kernels are compiled for each size
+    seconds = max(10.0, min(180.0, deadline.left() - slack))
     options = ["--device", "cuda", "--json", "--seconds", f"{seconds:.0f}"]
-    output = run(step, [sys.executable, "-m", "dsft", "ops", "bench", *options], seconds + 40, deadline)
+    output = run(step, [sys.executable, "-m", "dsft", "ops", "bench", *options], seconds + slack, deadline)
     if step.status == "passed":
         step.found.update(json.loads(output.splitlines()[-1]))
 

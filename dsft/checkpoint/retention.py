@@ -79,6 +79,18 @@ def _best(by_step: Mapping[int, Path], name: str | None) -> list[int]:
     return [min(losses, key=lambda step: losses[step])] if losses else []
 
 
+def set_aside_after(folder: Path, step: int) -> None:
+    """Set aside what was saved after ``step``: the run goes on from there by request, and will save other steps.
+
+    Before anything is trained: if the new line ended before its first save, ``auto`` would find the one left behind.
+    """
+    for checkpoint in whole_checkpoints(folder):
+        its_step = step_of(checkpoint)
+        assert its_step is not None
+        if its_step > step:
+            _set_aside(checkpoint)
+
+
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint. It loses its name first, so that a removal that is cut off leaves no partial checkpoint."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.removed.tmp")
@@ -94,8 +106,8 @@ def _set_aside(checkpoint: Path) -> None:
         number += 1
     checkpoint.rename(aside)
     logger.warning(
-        "%s is of a later step than the one just saved: the run went on from an older checkpoint. It is kept as %s and "
-        "will not be resumed from; delete it when you do not need it.",
+        "%s is of a later step than where the run goes on, or of another line of it. It is kept as %s and will not be "
+        "resumed from; delete it when you do not need it.",
         checkpoint,
         aside.name,
     )

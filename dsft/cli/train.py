@@ -22,7 +22,13 @@ import click
     "--allow-data-change", is_flag=True, help="Resume although a change of the configuration alters the data order."
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Show steps, tokens, epochs, files and memory of the first batch; train nothing."
+    "--allow-lr-jump", is_flag=True, help="Resume although the learning rate had decayed and would be far higher again."
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show steps, tokens, epochs, files and memory of the first batch, and prove the model and the sinks; train "
+    "nothing.",
 )
 @click.option(
     "--max-seconds",
@@ -37,6 +43,7 @@ def command(
     overrides: tuple[str, ...],
     resume: str | None,
     allow_data_change: bool,
+    allow_lr_jump: bool,
     dry_run: bool,
     max_seconds: float | None,
     profile_steps: str | None,
@@ -60,6 +67,7 @@ def command(
     options = Options(
         resume=resume,
         allow_data_change=allow_data_change,
+        allow_lr_jump=allow_lr_jump,
         dry_run=dry_run,
         profile_steps=steps,
         max_seconds=max_seconds,

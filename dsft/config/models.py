@@ -74,7 +74,7 @@ class SourceSection(Section):
     name: Name
     path: DataPath
     """File, folder, glob, URL (s3://, gs://, hf://, https://), or a list of them: .jsonl .jsonl.gz .jsonl.zst .parquet
-    .txt .arrow, or a folder that ``datasets.save_to_disk`` wrote."""
+    .txt .arrow, .json (one array; not those inside a folder), or a folder that ``datasets.save_to_disk`` wrote."""
     format: RecordFormat = "text"
     objective: (
         Literal["next_token"]

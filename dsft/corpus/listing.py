@@ -19,6 +19,9 @@ from dsft.store.manifest import fingerprint
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".arrow")
 """What a source may hold."""
 
+ARRAY_SUFFIX = ".json"
+"""One JSON array of records; read only where it is named, because the .json files of a folder are mostly about data."""
+
 TEXT_FILES_PER_SHARD = 256
 """A .txt file is one document; this many consecutive ones make one shard."""
 
@@ -56,8 +59,9 @@ def list_shards(source_name: str, path: str | Sequence[str]) -> list[RawShard]:
         found = list(_expand(source_name, entry))
         if not found:
             raise DataError(
-                f"data source {source_name!r}: {entry} holds no file of a known kind ({', '.join(SUFFIXES)}), "
-                f"so there is nothing to read; check the path."
+                f"data source {source_name!r}: {entry} holds no file of a known kind ({', '.join(SUFFIXES)}), so there "
+                f"is nothing to read; check the path. In a folder, {ARRAY_SUFFIX} files are read only where they are "
+                f"named: {Path(entry, '*' + ARRAY_SUFFIX)}."
             )
         for file in found:
             if (key := absolute(file.path)) in files:
@@ -85,10 +89,10 @@ def _expand(source_name: str, entry: str) -> Iterator[RawFile]:
     elif path.is_dir():
         yield from _folder(source_name, path)
     elif path.is_file():
-        if not entry.endswith(SUFFIXES):
+        if not entry.endswith((*SUFFIXES, ARRAY_SUFFIX)):
             raise DataError(
-                f"data source {source_name!r}: {entry} is of no known kind; a source reads {', '.join(SUFFIXES)}, or a "
-                "folder that datasets.save_to_disk wrote."
+                f"data source {source_name!r}: {entry} is of no known kind; a source reads {', '.join(SUFFIXES)}, a "
+                f"{ARRAY_SUFFIX} file that is one array of records, or a folder that datasets.save_to_disk wrote."
             )
         yield _file(path, path.parent)
     elif glob.has_magic(entry):
@@ -97,7 +101,7 @@ def _expand(source_name: str, entry: str) -> Iterator[RawFile]:
             match = Path(name)
             if match.is_dir():
                 yield from _folder(source_name, match)
-            elif name.endswith(SUFFIXES):
+            elif name.endswith((*SUFFIXES, ARRAY_SUFFIX)):
                 yield _file(match, root)
     else:
         raise DataError(f"data source {source_name!r}: there is no file or folder {entry} (in {os.getcwd()}).")
@@ -105,7 +109,7 @@ def _expand(source_name: str, entry: str) -> Iterator[RawFile]:
 
 def _remote(url: str) -> Iterator[RawFile]:
     fixed = "/".join(itertools.takewhile(lambda part: not glob.has_magic(part), url.split("/"))).rstrip("/") + "/"
-    for entry in list_remote(url, SUFFIXES):
+    for entry in list_remote(url, (*SUFFIXES, ARRAY_SUFFIX) if url.endswith(ARRAY_SUFFIX) else SUFFIXES):
         root = fixed if entry.url != url else url.rpartition("/")[0] + "/"
         yield RawFile(entry.url.removeprefix(root), entry.url, entry.num_bytes, entry.version)
 

@@ -10,7 +10,10 @@ from dsft.corpus.fields import from_json, is_absent, kind, string
 from dsft.corpus.samples import BadRecord, Message
 
 _UNSUPPORTED_KEYS = ("reasoning_content", "reasoning", "thinking", "refusal", "audio")
-_ROLES = {"function": "tool"}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""What chat templates know; one that lacks a role refuses it or drops its text, which is refused then."""
+_OTHER_NAMES = {"function": "tool"}
+"""OpenAI's older name."""
 
 
 def parse_messages(value: Any, where: str, role_key: str = "role", content_key: str = "content") -> list[Message]:
@@ -35,11 +38,14 @@ def _message(value: Any, where: str, role_key: str, content_key: str) -> Message
         if not is_absent(value.get(key)):
             raise BadRecord(f"{where} has {key!r}, which is not supported, and leaving it out would lose what it says")
     train, loss_weight = training_marks(value, where)
-    role = string(_field(value, role_key, where), f"{where}.{role_key}")
+    said = string(_field(value, role_key, where), f"{where}.{role_key}")
+    role = _OTHER_NAMES.get(said, said)
+    if role not in ROLES:  # most templates would write it as it is, and nothing of it would be learned
+        raise BadRecord(f"{where}.{role_key} is {said!r}; the roles are {', '.join(ROLES)}")
     calls = _tool_calls(value, where)
     content = value.get(content_key) if calls else _field(value, content_key, where)
     message = Message(
-        role=_ROLES.get(role, role),
+        role=role,
         content="" if calls and content is None else _content(content, f"{where}.{content_key}"),
         train=train,
         loss_weight=loss_weight,
@@ -48,7 +54,7 @@ def _message(value: Any, where: str, role_key: str, content_key: str) -> Message
         tool_call_id=_optional(value, "tool_call_id", where),
     )
     if calls and message.role != "assistant":
-        raise BadRecord(f"{where} has tool calls and its role is {role!r}; only the assistant calls tools")
+        raise BadRecord(f"{where} has tool calls and its role is {said!r}; only the assistant calls tools")
     return message
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
+from dsft.corpus.fields import kind
 from dsft.corpus.listing import RawShard
 from dsft.corpus.raw_file import RawFile
 from dsft.corpus.remote import check_unchanged
@@ -20,6 +21,9 @@ _COMPRESSED_CHUNK_BYTES = 1 << 17
 """Smaller, because text may come out a hundred times as long."""
 _ROWS = 256
 """Table rows that are turned into Python objects at a time."""
+
+_MOST_ARRAY_BYTES = 1 << 30
+"""A JSON array is read whole, and takes some ten times its size in memory."""
 
 _ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
@@ -71,6 +75,7 @@ def _reader(file: RawFile) -> Callable[[RawFile, list[str] | None], Iterator[Rec
         ".jsonl": _read_jsonl,
         ".jsonl.gz": _read_jsonl,
         ".jsonl.zst": _read_jsonl,
+        ".json": _read_array,
         ".parquet": _read_parquet,
         ".arrow": _read_arrow,
         ".txt": _read_text,
@@ -98,6 +103,25 @@ def _read_jsonl(file: RawFile, columns: list[str] | None) -> Iterator[Record]:
                 line = line[3:]
             if line.strip():
                 yield Record(file, str(number), _parse_json(line), raw.tell())
+
+
+def _read_array(file: RawFile, columns: list[str] | None) -> Iterator[Record]:
+    stem = file.name.removesuffix(".json")
+    if file.num_bytes > _MOST_ARRAY_BYTES:
+        raise DataError(
+            f"{file} has {file.num_bytes:,} bytes; a .json file is read whole, so at most {_MOST_ARRAY_BYTES:,}. Write "
+            f"it as one record a line: jq -c '.[]' {stem}.json > {stem}.jsonl"
+        )
+    with file.open() as raw:
+        values = _parse_json(raw.read().removeprefix(b"\xef\xbb\xbf"))
+    if not isinstance(values, list):
+        problem = values if isinstance(values, BadRecord) else f"it is {kind(values)}"
+        raise DamagedFileError(
+            f"{file} is not one JSON array of records: {problem}. Name a file with one record a line .jsonl; take the "
+            f"records out of an object with jq: jq -c '.data[]' {stem}.json > {stem}.jsonl"
+        )
+    for number, value in enumerate(values, start=1):
+        yield Record(file, f"record {number}", value, file.num_bytes)
 
 
 def _parse_json(line: bytes) -> Any | BadRecord:

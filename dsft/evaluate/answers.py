@@ -19,6 +19,7 @@ import numpy as np
 from dsft.config.evaluation import EvaluationSetSection
 from dsft.errors import DataError
 from dsft.evaluate.mode import evaluating
+from dsft.evaluate.stopping import end_if_asked
 from dsft.fsio import save_error
 from dsft.model.generate import Sampling, generate
 from dsft.store.reader import SourceStore
@@ -26,6 +27,7 @@ from dsft.store.reader import SourceStore
 if TYPE_CHECKING:
     from dsft.corpus.tokenizer import Tokenizer
     from dsft.dist import Groups
+    from dsft.launch.stop import StopFlag
     from dsft.model.packed import PackedCausalLM
 
 PROMPTS_PER_CALL = 8
@@ -87,11 +89,13 @@ def answer(
     *,
     seed: int,
     kept: KeptAnswers | None = None,
+    stop: StopFlag | None = None,
 ) -> Answers:
     """Answer ``section.generate`` prompts; collective.
 
     Raises:
         DataError: no document has a supervised span after a prompt, or a prompt leaves no room for an answer.
+        StoppedEarly: a rank was asked to stop.
     """
     questions = choose_questions(store, section.generate)
     _check_room(questions, store, model, section.max_new_tokens)
@@ -105,6 +109,7 @@ def answer(
         pad_id=tokenizer.pad_id,
         sampling=_sampling(section, len(questions), seed),
         kept=kept,
+        stop=stop,
     )
     return Answers(
         prompts=tuple(tokenizer.decode(question.prompt) for question in questions),
@@ -123,10 +128,12 @@ def ask(
     pad_id: int,
     sampling: Sampling | None = None,
     kept: KeptAnswers | None = None,
+    stop: StopFlag | None = None,
 ) -> list[list[int]]:
     """New tokens of each prompt, on every rank; each prompt is continued on one of them.
 
-    Every rank makes the same number of calls of ``generate``, also with no prompt left.
+    Every rank makes the same number of calls of ``generate``, also with no prompt left. Raises StoppedEarly between two
+    of them when a rank was asked to stop.
 
     Args:
         sampling: with one seed a prompt; None: greedy.
@@ -141,6 +148,7 @@ def ask(
     waiting.sort(key=lambda number: len(prompts[number]))
     with evaluating(model):
         for first in range(0, len(waiting), num_ranks * PROMPTS_PER_CALL):
+            end_if_asked(stop, groups)
             mine = waiting[first : first + num_ranks * PROMPTS_PER_CALL][rank::num_ranks]
             generated = generate(
                 model,

@@ -32,6 +32,7 @@ from dsft.model.generate import Sampling
 if TYPE_CHECKING:
     from dsft.corpus.tokenizer import Tokenizer
     from dsft.dist import Groups
+    from dsft.launch.stop import StopFlag
     from dsft.model.packed import PackedCausalLM
 
 
@@ -78,14 +79,16 @@ def measure_bias(
     device: torch.device,
     pack_tokens: int,
     seed: int,
+    stop: StopFlag | None = None,
 ) -> BiasResult:
     """Measure one test; collective.
 
     Raises:
         DataError: a file that cannot be used (see :mod:`dsft.evaluate.bias_files`), or a text longer than a pack.
+        StoppedEarly: a rank was asked to stop.
     """
     if section.kind == "word_list":
-        each = _word_rate(model, section, tokenizer, groups, pack_tokens=pack_tokens, seed=seed)
+        each = _word_rate(model, section, tokenizer, groups, pack_tokens=pack_tokens, seed=seed, stop=stop)
         return _result(section, each, [], seed)
     with groups.together():
         items = read_items(section)
@@ -93,7 +96,7 @@ def measure_bias(
     sequences = [encode(text, tokenizer) for text in texts]
     what = f"evaluate.bias {section.name!r}"
     found = log_likelihoods(
-        model, sequences, groups, device=device, pack_tokens=pack_tokens, pad_id=tokenizer.pad_id, what=what
+        model, sequences, groups, device=device, pack_tokens=pack_tokens, pad_id=tokenizer.pad_id, what=what, stop=stop
     )
     return _compare(section, items, found, seed)
 
@@ -170,7 +173,14 @@ def _result(section: BiasSection, each: npt.NDArray[np.float64], items: Sequence
 
 
 def _word_rate(
-    model: PackedCausalLM, section: BiasSection, tokenizer: Tokenizer, groups: Groups, *, pack_tokens: int, seed: int
+    model: PackedCausalLM,
+    section: BiasSection,
+    tokenizer: Tokenizer,
+    groups: Groups,
+    *,
+    pack_tokens: int,
+    seed: int,
+    stop: StopFlag | None,
 ) -> npt.NDArray[np.float64]:
     """1 for each prompt whose continuation holds a word of the list."""
     assert section.words is not None
@@ -193,6 +203,7 @@ def _word_rate(
         eos_ids=[tokenizer.eos_id],
         pad_id=tokenizer.pad_id,
         sampling=Sampling(section.temperature, 1.0, seeds) if section.temperature else None,
+        stop=stop,
     )
     return np.array([float(words.search(tokenizer.decode(ids)) is not None) for ids in answers])
 

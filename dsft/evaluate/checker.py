@@ -20,9 +20,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from dsft.errors import DataError
+from dsft.evaluate.stopping import end_if_asked
 
 if TYPE_CHECKING:
     from dsft.dist import Groups
+    from dsft.launch.stop import StopFlag
 
 ANSWERS_PER_ROUND = 4
 START_SECONDS = 60.0
@@ -163,7 +165,11 @@ def check_path(path: Path) -> None:
 
 
 def verdicts(
-    path: Path, limit_seconds: float, triples: Sequence[tuple[str, str, str]], groups: Groups
+    path: Path,
+    limit_seconds: float,
+    triples: Sequence[tuple[str, str, str]],
+    groups: Groups,
+    stop: StopFlag | None = None,
 ) -> list[Verdict]:
     """The checker's verdict on each (prompt, answer, reference), on every rank; the answers are dealt over the ranks.
 
@@ -171,11 +177,13 @@ def verdicts(
 
     Raises:
         DataError: the checker cannot be used, or raises on every answer (a mistake of the checker, not of the model).
+        StoppedEarly: a rank was asked to stop.
     """
     rank, num_ranks = groups.world.rank, groups.world.size
     found: list[Verdict] = []
     with Checker(path, limit_seconds) as checker:
         for first in range(0, len(triples), num_ranks * ANSWERS_PER_ROUND):
+            end_if_asked(stop, groups)
             of_round = triples[first : first + num_ranks * ANSWERS_PER_ROUND]
             with groups.together():
                 mine = [asdict(checker.check(*triple)) for triple in of_round[rank::num_ranks]]

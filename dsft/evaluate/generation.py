@@ -17,6 +17,7 @@ from dsft.evaluate.text_metrics import exact_match, shuffled_f1, token_f1
 if TYPE_CHECKING:
     from dsft.corpus.tokenizer import Tokenizer
     from dsft.dist import Groups
+    from dsft.launch.stop import StopFlag
     from dsft.store.reader import SourceStore
 
 NUM_SAMPLES = 3
@@ -84,12 +85,16 @@ def score_each(answers: Answers, section: EvaluationSetSection) -> dict[str, lis
     return each
 
 
-def check_each(answers: Answers, section: EvaluationSetSection, groups: Groups) -> list[str]:
+def check_each(
+    answers: Answers, section: EvaluationSetSection, groups: Groups, stop: StopFlag | None = None
+) -> list[str]:
     """The checker's outcome of each answer, on every rank; empty without a checker. Collective."""
     if section.checker is None:
         return []
     triples = list(zip(answers.prompts, answers.answers, answers.references, strict=True))
-    return [verdict.outcome for verdict in verdicts(Path(section.checker), section.checker_seconds, triples, groups)]
+    return [
+        verdict.outcome for verdict in verdicts(Path(section.checker), section.checker_seconds, triples, groups, stop)
+    ]
 
 
 def summarise_scores(

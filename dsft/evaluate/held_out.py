@@ -16,12 +16,14 @@ from dsft.batch.types import PackedBatch, model_inputs
 from dsft.errors import DataError
 from dsft.evaluate.bootstrap import interval
 from dsft.evaluate.mode import evaluating
+from dsft.evaluate.stopping import end_if_asked
 from dsft.sampling.plan import plan_once
 from dsft.sampling.types import Pieces
 from dsft.store.reader import SourceStore
 
 if TYPE_CHECKING:
     from dsft.dist import Groups
+    from dsft.launch.stop import StopFlag
     from dsft.model.packed import PackedCausalLM
 
 
@@ -76,6 +78,7 @@ def measure_documents(
     *,
     device: torch.device,
     max_documents: int | None = None,
+    stop: StopFlag | None = None,
 ) -> DocumentLosses:
     """Loss of every document; every rank calls it and makes the same number of forwards (ZeRO-3 gathers).
 
@@ -84,9 +87,10 @@ def measure_documents(
     Args:
         spec: how a batch is laid out; its only source is ``store``.
         max_documents: measure this many documents, spread evenly over the store; None: all.
+        stop: ends the evaluation between two batches.
 
     Raises:
-        DataError: the set has no supervised token.
+        DataError: the set has no supervised token. StoppedEarly: a rank was asked to stop.
     """
     chosen = choose_documents(store, max_documents)
     packs = _packs_of(store, chosen, spec.pack_tokens)
@@ -94,6 +98,7 @@ def measure_documents(
     totals = np.zeros((3, sum(len(documents) for documents in chosen)))
     with evaluating(model):
         for first in range(0, len(packs), num_ranks):
+            end_if_asked(stop, groups)
             mine = first + rank
             batch = collate([packs[mine]], spec) if mine < len(packs) else filler(spec)
             output = model(**model_inputs(batch, device))

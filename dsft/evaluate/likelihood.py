@@ -12,10 +12,12 @@ import torch
 
 from dsft.errors import DataError
 from dsft.evaluate.mode import evaluating
+from dsft.evaluate.stopping import end_if_asked
 
 if TYPE_CHECKING:
     from dsft.corpus.tokenizer import Tokenizer
     from dsft.dist import Groups
+    from dsft.launch.stop import StopFlag
     from dsft.model.packed import PackedCausalLM
 
 _FILLER_TOKENS = 8
@@ -71,14 +73,15 @@ def log_likelihoods(
     pack_tokens: int,
     pad_id: int,
     what: str,
+    stop: StopFlag | None = None,
 ) -> Likelihoods:
     """Measure every sequence; collective, with as many forwards on every rank.
 
     Args:
-        pack_tokens: most tokens of one forward. what: for messages.
+        pack_tokens: most tokens of one forward. what: for messages. stop: ends it between two forwards.
 
     Raises:
-        DataError: a sequence is longer than ``pack_tokens``.
+        DataError: a sequence is longer than ``pack_tokens``. StoppedEarly: a rank was asked to stop.
     """
     longest = max((len(one.ids) for one in sequences), default=0)
     if longest > pack_tokens:
@@ -88,6 +91,7 @@ def log_likelihoods(
     totals = np.zeros((2, len(sequences)))
     with evaluating(model):
         for begin in range(0, len(packs), num_ranks):
+            end_if_asked(stop, groups)
             numbers = packs[begin + rank] if begin + rank < len(packs) else []
             inputs, owner = _inputs([sequences[number] for number in numbers], pad_id)
             output = model(**{key: _to(value, device) for key, value in inputs.items()})

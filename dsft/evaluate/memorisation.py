@@ -21,6 +21,7 @@ from dsft.store.reader import SourceStore
 if TYPE_CHECKING:
     from dsft.corpus.tokenizer import Tokenizer
     from dsft.dist import Groups
+    from dsft.launch.stop import StopFlag
     from dsft.model.packed import PackedCausalLM
 
 
@@ -46,11 +47,12 @@ def measure_memorisation(
     section: EvaluationSetSection,
     *,
     seed: int,
+    stop: StopFlag | None = None,
 ) -> Memorisation:
     """Continue the beginnings of documents spread evenly over the store; collective.
 
     Raises:
-        DataError: no document is long enough.
+        DataError: no document is long enough. StoppedEarly: a rank was asked to stop.
     """
     probe = section.memorisation
     assert probe is not None
@@ -62,6 +64,7 @@ def measure_memorisation(
         max_new_tokens=probe.continue_tokens,
         eos_ids=[tokenizer.eos_id],
         pad_id=tokenizer.pad_id,
+        stop=stop,
     )
     same = [
         float(list(ids[probe.prefix_tokens :]) == answer) for ids, answer in zip(beginnings, generated, strict=True)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dsft.config.evaluation import EvaluationSetSection
     from dsft.corpus.tokenizer import Tokenizer
     from dsft.dist import Groups
+    from dsft.launch.stop import StopFlag
     from dsft.model.packed import PackedCausalLM
     from dsft.store.reader import SourceStore
 
@@ -85,6 +86,7 @@ def evaluate_all(
     tokens_trained: int,
     train_losses: Mapping[str, float],
     seed: int,
+    stop: StopFlag | None = None,
 ) -> Evaluation:
     """Measure every set, with the model as it is, on every rank (collective).
 
@@ -92,12 +94,16 @@ def evaluate_all(
         watch: takes each set's losses; its new state belongs into the next checkpoint.
         train_losses: recent training loss per source name, shown beside the held-out loss of the sets linked to it.
             Must be equal on all ranks, because early stopping is decided from it.
+        stop: ends the evaluation between two batches.
+
+    Raises:
+        StoppedEarly: a rank was asked to stop; nothing of the evaluation is kept.
     """
     records: list[dict[str, Any]] = []
     overfitting: list[Overfitting] = []
     for held_out in sets:
         section = held_out.section
-        result = evaluate_set(held_out, model, tokenizer, groups, device=device, seed=seed)
+        result = evaluate_set(held_out, model, tokenizer, groups, device=device, seed=seed, stop=stop)
         train_loss = train_losses.get(section.source) if section.source is not None else None
         records.append(
             {
@@ -123,26 +129,28 @@ def evaluate_set(
     device: torch.device,
     seed: int,
     kept: KeptAnswers | None = None,
+    stop: StopFlag | None = None,
 ) -> SetResult:
     """Measure one set on every rank (collective).
 
     Args:
         kept: answers of an evaluation that was interrupted; new ones are added to it.
+        stop: as for :func:`evaluate_all`.
     """
     started = time.perf_counter()
     section = held_out.section
     documents = measure_documents(
-        model, held_out.store, held_out.spec, groups, device=device, max_documents=section.max_documents
+        model, held_out.store, held_out.spec, groups, device=device, max_documents=section.max_documents, stop=stop
     )
     loss = summarise(documents, seed=seed, purpose=section.name)
     memorisation = None
     if section.memorisation is not None:
-        memorisation = measure_memorisation(model, held_out.store, tokenizer, groups, section, seed=seed)
+        memorisation = measure_memorisation(model, held_out.store, tokenizer, groups, section, seed=seed, stop=stop)
     if section.generate == 0:
         return SetResult(documents, loss, None, {}, [], None, memorisation, time.perf_counter() - started)
-    answers = answer(model, held_out.store, tokenizer, groups, section, seed=seed, kept=kept)
+    answers = answer(model, held_out.store, tokenizer, groups, section, seed=seed, kept=kept, stop=stop)
     with groups.together():
         each = score_each(answers, section)
-    outcomes = check_each(answers, section, groups)
+    outcomes = check_each(answers, section, groups, stop)
     generation = summarise_scores(answers, each, outcomes, section, seed=seed)
     return SetResult(documents, loss, answers, each, outcomes, generation, memorisation, time.perf_counter() - started)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft.errors import ConfigError, SaveError
+from dsft.fsio import save_error
 from dsft.metrics.console import Console
 from dsft.metrics.json_lines import JsonLines
 
@@ -39,9 +40,19 @@ class Recorder:
         if "tensorboard" in sinks:
             _require_tensorboard()
         self._lines = JsonLines(run_dir / METRICS_NAME) if is_main else None
-        self._board = _tensorboard(run_dir) if is_main and "tensorboard" in sinks else None
+        self._board_folder = run_dir / "tensorboard" if is_main and "tensorboard" in sinks else None
+        self._board: Any = None
         self._console = console if is_main else None
         self.error: SaveError | None = None
+
+    def begin(self, step: int) -> None:
+        """Open TensorBoard's file for the steps after ``step``; those drawn there by an earlier attempt are taken back.
+
+        Raises:
+            SaveError: it cannot be opened.
+        """
+        if self._board_folder is not None:
+            self._board = _tensorboard(self._board_folder, first_step=step + 1 if step else 0)
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
         """Record ``record`` (with its ``step``) as of now."""
@@ -84,10 +95,13 @@ def _require_tensorboard() -> None:
         )
 
 
-def _tensorboard(run_dir: Path) -> Any:
+def _tensorboard(folder: Path, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(log_dir=str(run_dir / "tensorboard"))
+    try:
+        return SummaryWriter(log_dir=str(folder), purge_step=first_step)
+    except OSError as error:
+        raise save_error(folder, error) from error
 
 
 def _group(kind: str, record: dict[str, Any]) -> str:

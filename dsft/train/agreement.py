@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft.config.load import config_differences
 from dsft.errors import ConfigError, DataError
+from dsft.export.resolve import checkpoint_of, is_dsft_folder
 
 if TYPE_CHECKING:
+    from dsft.config.models import RunConfig
     from dsft.dist import Groups
     from dsft.store.reader import SourceStore
+
+logger = logging.getLogger(__name__)
 
 _MOST_SHOWN = 5
 
@@ -52,3 +58,23 @@ def check_same_stores(groups: Groups, stores: Sequence[SourceStore]) -> None:
         if store.fingerprint != fingerprint
     ]
     groups.agree(errors[0] if errors else None)
+
+
+def with_pinned_start(config: RunConfig, groups: Groups) -> RunConfig:
+    """The configuration with the checkpoint that rank 0 takes ``model.path`` for. Collective.
+
+    A run folder means its newest checkpoint; while that run still trains, ranks that looked one after the other would
+    begin with different weights.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = config.model.path
+    with groups.together():
+        is_folder = groups.rank == 0 and path is not None and is_dsft_folder(Path(path))
+        found = str(checkpoint_of(Path(path))) if is_folder and path is not None else None
+    found = groups.broadcast_object(found)
+    if found is None or found == path:
+        return config
+    logger.info("model.path: %s is %s", path, found)
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": found})})

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft.batch.types import model_inputs
+from dsft.checkpoint.payload import check_engine
 from dsft.config.models import RunConfig
+from dsft.fsio import save_error
+from dsft.metrics.recorder import Recorder
 from dsft.metrics.throughput import peak_memory_bytes
 from dsft.model.flops import ModelCost
+from dsft.model.probe import prove
 from dsft.train import setup
+from dsft.train.schedule import build_schedule
 
 if TYPE_CHECKING:
     from dsft.dist import Groups
@@ -36,7 +44,19 @@ class DryRun:
 
 
 def dry_run(config: RunConfig, data: setup.Data, groups: Groups, engine: Any, cost: ModelCost) -> DryRun:
-    """Run the whole plan and one micro-batch; collective. Nothing is trained or written."""
+    """Prove the model, run the whole plan and one micro-batch; collective. Nothing is trained or written.
+
+    Raises:
+        ModelError: documents are not kept apart, or the head is not what it should be.
+        CheckpointError, ConfigError: state that cannot be saved; a schedule that does not fit into the run.
+    """
+    with groups.together():
+        check_engine(engine)
+        tokens = setup.train_tokens(
+            config, setup.planned_sources(config, data.stores, setup.fim_objectives(config, data.tokenizer))
+        )
+        build_schedule(config.train.schedule, lr=config.train.lr, steps=config.train.steps, tokens=tokens)
+    prove(engine.module, engine.device)
     loader = setup.build_loader(
         config, data, setup.build_planner(config, data), cost, rank=groups.rank, num_ranks=groups.size
     )
@@ -68,6 +88,25 @@ def dry_run(config: RunConfig, data: setup.Data, groups: Groups, engine: Any, co
         )
     peaks = groups.all_gather_object(peak_memory_bytes(engine.device))
     return DryRun(num_steps, num_packs, num_tokens, tuple(sources), max(peaks))
+
+
+def try_sinks(run_dir: Path, sinks: Sequence[str]) -> None:
+    """Open what the run would log to, in a folder that is removed again.
+
+    Raises:
+        ConfigError: tensorboard is asked for and not installed.
+        SaveError: the run's folder cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=run_dir) as folder:
+            recorder = Recorder(Path(folder), sinks, is_main=True)
+            recorder.begin(0)
+            recorder.write("step", {"step": 0, "loss": 0.0})
+            recorder.close()
+            if recorder.error is not None:
+                raise recorder.error
+    except OSError as error:
+        raise save_error(run_dir, error) from error
 
 
 def describe(result: DryRun) -> str:

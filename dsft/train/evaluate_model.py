@@ -43,7 +43,7 @@ from dsft.model.probe import prove
 from dsft.ops.backend import choose as choose_kernels
 from dsft.store.reader import SourceStore
 from dsft.train import setup
-from dsft.train.agreement import check_same_configuration, check_same_stores
+from dsft.train.agreement import check_same_configuration, check_same_stores, with_pinned_start
 from dsft.world import discover_world
 
 logger = logging.getLogger(__name__)
@@ -175,6 +175,7 @@ def _without_optimizer(deepspeed_config: dict[str, Any]) -> dict[str, Any]:
 
 def _held_out_sets(config: RunConfig, groups: dist.Groups) -> tuple[list[HeldOutSet], Tokenizer, str]:
     """The sets, prepared by all ranks together, the tokenizer, and the folder of the weights."""
+    config = with_pinned_start(config, groups)
     with groups.together():
         folder = setup.model_folder(config)
         assert folder is not None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsft.batch.types import StepBatch
+from dsft.config.bias import BiasSection
 from dsft.config.evaluation import EvaluateSection
 from dsft.corpus.tokenizer import Tokenizer
-from dsft.evaluate.bias import BiasRise, bias_change, measure_bias, passed_limit
+from dsft.errors import StoppedEarly
+from dsft.evaluate.bias import BiasResult, BiasRise, bias_change, measure_bias, passed_limit
 from dsft.evaluate.forgetting import Forgetting, forgetting
 from dsft.evaluate.overfit import OverfitWatch
 from dsft.evaluate.run import Evaluation, HeldOutSet, evaluate_all
@@ -18,6 +20,10 @@ from dsft.train.state import TrainState
 
 if TYPE_CHECKING:
     from dsft.train.loop import Run
+
+
+Ended = Literal["early_stop", "stopped"]
+"""How training ends at an evaluation."""
 
 
 @dataclass(slots=True)
@@ -40,15 +46,17 @@ class EvaluationPlan:
     _last_step: int = -1
     _last_losses: dict[str, float] = field(default_factory=dict)
 
-    def at_start(self, run: Run, state: TrainState) -> None:
-        """Measure the untrained state, if asked for and if this is the start of the run (not of a resume)."""
-        if self.section.at_start and state.step == 0:
-            self.measure(run, state)
+    def at_start(self, run: Run, state: TrainState) -> Ended | None:
+        """Measure the untrained state, if asked for; on a resume, what the attempt before was stopped in."""
+        if state.is_unmeasured or (self.section.at_start and state.step == 0):
+            return self.measure(run, state)
+        return None
 
-    def at_end(self, run: Run, state: TrainState) -> None:
+    def at_end(self, run: Run, state: TrainState) -> Ended | None:
         """Measure the final state, unless it was just measured."""
         if self.section.at_end and self._last_step != state.step:
-            self.measure(run, state)
+            return self.measure(run, state)
+        return None
 
     def losses_at(self, step: int) -> dict[str, float]:
         """Loss of each set, if they were measured after this step; else nothing."""
@@ -68,17 +76,45 @@ class EvaluationPlan:
             if math.isfinite(loss):
                 state.train_loss[name] = [total + loss * weight, weights + weight]
 
-    def measure(self, run: Run, state: TrainState) -> bool:
+    def measure(self, run: Run, state: TrainState) -> Ended | None:
         """Measure all sets and bias tests (collective), write their records, warn of what has passed its limit.
 
         Returns:
-            Whether training is to stop early: a set is overfitted and ``evaluate.early_stop`` is set, a set's loss has
-            risen by more than its ``max_rise``, or a bias test's value has and it says ``on_rise: stop``.
+            ``early_stop``: a set is overfitted and ``evaluate.early_stop`` is set, a set's loss has risen by more than
+            its ``max_rise``, or a bias test's value has and it says ``on_rise: stop``. ``stopped``: on request, before
+            all was measured; nothing of it is kept, and the next start measures it anew.
         """
         if not self._measures:
-            return False
+            return None
         started = time.perf_counter()
-        evaluation = evaluate_all(
+        try:
+            evaluation = self._evaluate(run, state)
+            bias = [self._measure_bias(run, test) for test in self.section.bias]
+        except StoppedEarly:
+            state.is_unmeasured = True
+            return "stopped"
+        for record in evaluation.records:
+            run.recorder.write("evaluation", record)
+        forgotten = self._forgotten(evaluation, state)
+        biased = self._bias_rises(run, state, bias)
+        messages = [found.message for found in evaluation.overfitting]
+        messages += [found.message for found in forgotten] + [found.message for found in biased]
+        for message in messages + self._memorised(evaluation):
+            run.recorder.warn(message)
+        state.train_loss, state.is_unmeasured = {}, False
+        self._last_step = state.step
+        self._last_losses = {r["set"]: r["loss"] for r in evaluation.records if math.isfinite(r["loss"])}
+        state.overfit = self.watch.to_json()
+        run.step_log.exclude(time.perf_counter() - started)
+        is_overfitted = bool(evaluation.overfitting) and self.section.early_stop is not None
+        return "early_stop" if forgotten or is_overfitted or any(found.stops for found in biased) else None
+
+    @property
+    def _measures(self) -> bool:
+        return bool(self.sets or self.section.bias)
+
+    def _evaluate(self, run: Run, state: TrainState) -> Evaluation:
+        return evaluate_all(
             self.sets,
             run.engine.module,
             self.tokenizer,
@@ -89,40 +125,25 @@ class EvaluationPlan:
             tokens_trained=state.tokens_trained,
             train_losses={name: total / weight for name, (total, weight) in state.train_loss.items() if weight > 0},
             seed=run.seed,
+            stop=run.stop,
         )
-        for record in evaluation.records:
-            run.recorder.write("evaluation", record)
-        forgotten = self._forgotten(evaluation, state)
-        biased = self._measure_bias(run, state)
-        messages = [found.message for found in evaluation.overfitting]
-        messages += [found.message for found in forgotten] + [found.message for found in biased]
-        for message in messages + self._memorised(evaluation):
-            run.recorder.warn(message)
-        state.train_loss = {}
-        self._last_step = state.step
-        self._last_losses = {r["set"]: r["loss"] for r in evaluation.records if math.isfinite(r["loss"])}
-        state.overfit = self.watch.to_json()
-        run.step_log.exclude(time.perf_counter() - started)
-        stops = bool(forgotten) or any(found.stops for found in biased)
-        return stops or (bool(evaluation.overfitting) and self.section.early_stop is not None)
 
-    @property
-    def _measures(self) -> bool:
-        return bool(self.sets or self.section.bias)
+    def _measure_bias(self, run: Run, test: BiasSection) -> BiasResult:
+        return measure_bias(
+            run.engine.module,
+            test,
+            self.tokenizer,
+            run.groups,
+            device=run.engine.device,
+            pack_tokens=self.pack_tokens,
+            seed=run.seed,
+            stop=run.stop,
+        )
 
-    def _measure_bias(self, run: Run, state: TrainState) -> list[BiasRise]:
-        """Measure the bias tests and write their records; the first values of their items stay in the state."""
+    def _bias_rises(self, run: Run, state: TrainState, results: list[BiasResult]) -> list[BiasRise]:
+        """Write the bias tests' records; the first values of their items stay in the state."""
         passed = []
-        for test in self.section.bias:
-            result = measure_bias(
-                run.engine.module,
-                test,
-                self.tokenizer,
-                run.groups,
-                device=run.engine.device,
-                pack_tokens=self.pack_tokens,
-                seed=run.seed,
-            )
+        for test, result in zip(self.section.bias, results, strict=True):
             before = state.first_bias.setdefault(test.name, list(result.each))
             change = bias_change(test, before, result.each, seed=run.seed)
             run.recorder.write(

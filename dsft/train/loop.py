@@ -58,12 +58,11 @@ def train(run: Run, state: TrainState) -> str:
         ``out_of_time``: stopped on request, with too little time left to save.
     """
     batches = run.loader.steps(state.cursor)
-    outcome = "finished"
     run.progress.begin("evaluate", state.step)
-    run.evaluation.at_start(run, state)
+    outcome: str | None = run.evaluation.at_start(run, state)
     run.step_log.begin()
     proposal = _propose_next(run, batches)
-    while run.max_steps is None or state.step < run.max_steps:
+    while outcome is None and (run.max_steps is None or state.step < run.max_steps):
         run.progress.begin("step", state.step)
         agreed = agree(run.groups, proposal)
         if agreed.end or agreed.stop:
@@ -85,17 +84,18 @@ def train(run: Run, state: TrainState) -> str:
                 seed=run.seed,
                 step=state.step,
             )
-        _advance(state, batch, agreed.num_supervised, result)
+        _advance(run, state, batch, agreed.num_supervised, result)
         run.step_log.add(state.step, batch.plan, agreed, result, lr)
         _check_finite(run, state, batch, result)
         evaluate, save = run.evaluation.due(state, batch), run.saver.due(state)
         if state.step % run.log_every_steps == 0 or evaluate or save:  # both need the training loss up to here
             _write_steps(run, state)
-        if evaluate and _evaluate(run, state):
-            outcome = "early_stop"
-            break
-        if save:
+        if evaluate:
+            run.progress.begin("evaluate", state.step)
+            outcome = run.evaluation.measure(run, state)
+        if save and outcome is None:
             _begin_save(run, state)
+    outcome = outcome or "finished"
     _write_steps(run, state)
     _finish_saving(run, state)
     if outcome == "stopped" and not _has_time_to_save(run, state):
@@ -104,7 +104,7 @@ def train(run: Run, state: TrainState) -> str:
         _save(run, state)  # first of all: who asked to stop may not wait for an evaluation
     if outcome in ("finished", "early_stop"):
         run.progress.begin("evaluate", state.step)
-        run.evaluation.at_end(run, state)
+        outcome = "stopped" if run.evaluation.at_end(run, state) == "stopped" else outcome
     run.progress.begin("end", state.step)
     run.groups.agree(run.recorder.error or run.step_log.error)
     return outcome
@@ -129,11 +129,6 @@ def _propose_next(run: Run, batches: Iterator[StepBatch]) -> Proposal:
         num_save_tasks_done=run.saver.num_tasks_done,
         salt=run.salt,
     )
-
-
-def _evaluate(run: Run, state: TrainState) -> bool:
-    run.progress.begin("evaluate", state.step)
-    return run.evaluation.measure(run, state)
 
 
 def _begin_save(run: Run, state: TrainState) -> None:
@@ -188,11 +183,12 @@ def _has_time_to_save(run: Run, state: TrainState) -> bool:
     return False
 
 
-def _advance(state: TrainState, batch: StepBatch, num_supervised: int, result: StepResult) -> None:
+def _advance(run: Run, state: TrainState, batch: StepBatch, num_supervised: int, result: StepResult) -> None:
     state.step += 1
     state.cursor = batch.plan.cursor_after
     state.tokens_trained = batch.plan.tokens_trained
     state.supervised_trained += num_supervised
+    state.lr_share = run.schedule.share_at(Position(state.step, state.tokens_trained))
     state.num_skipped += not result.applied
     state.num_skipped_in_row = 0 if result.applied else state.num_skipped_in_row + result.not_finite
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from dsft.checkpoint.discover import load_state, newest
 from dsft.checkpoint.payload import check_engine, load_engine
+from dsft.checkpoint.retention import set_aside_after
 from dsft.checkpoint.verify import newest_usable
 from dsft.config.load import config_differences
 from dsft.errors import CheckpointError, ConfigError
 from dsft.train.attempts import Origin
+from dsft.train.schedule import Position
 from dsft.train.state import TrainState, state_from_json
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from dsft.metrics.recorder import Recorder
     from dsft.sampling.types import Cursor
     from dsft.train.saving import Saver
+    from dsft.train.schedule import Schedule
 
 MODEL_KEYS = ("model.path", "model.revision", "model.config", "model.dtype", "train.freeze")
 
@@ -75,8 +78,10 @@ def restore(
     groups: Groups,
     recorder: Recorder,
     start: Cursor,
+    schedule: Schedule,
     *,
     allow_data_change: bool,
+    allow_lr_jump: bool,
 ) -> tuple[TrainState, Origin | None]:
     """The state to begin with, with the engine's weights and optimizer loaded when it is a checkpoint's. Collective.
 
@@ -88,7 +93,8 @@ def restore(
 
     Raises:
         CheckpointError: one was asked for and there is none that is whole, or it is of another model.
-        ConfigError: none was asked for, but the run folder has checkpoints; or as :func:`check_state`.
+        ConfigError: none was asked for, but the run folder has checkpoints; or as :func:`check_state`
+            and ``Schedule.check_no_jump``.
     """
     with groups.together():
         check_engine(engine)
@@ -103,6 +109,8 @@ def restore(
             if "imported_from" not in saved:
                 changes = check_state(saved, saver.identity, allow_data_change=allow_data_change)
                 state = state_from_json(saved["train"])
+                if not allow_lr_jump:
+                    schedule.check_no_jump(Position(state.step, state.tokens_trained), state.lr_share)
         load_engine(engine, checkpoint, groups)
         return checkpoint, saved, changes, state
 
@@ -121,7 +129,12 @@ def restore(
             f"the checkpoint was saved by {saved['world_size']} ranks, this start has {groups.size}: it goes on with "
             "the same documents, and the same losses up to the rounding of sums"
         )
-    if checkpoint.resolve().parent == saver.folder.resolve():
+    is_own = checkpoint.resolve().parent == saver.folder.resolve()
+    if is_own:
         saver.saved_step = state.step
+    if resume != "auto":
+        with groups.together():
+            if groups.rank == 0:
+                set_aside_after(saver.folder, state.step if is_own else -1)
     recorder.write("resume", {"step": state.step, "path": str(checkpoint), "from_attempt": saved["attempt"]})
     return state, Origin(checkpoint, saved["attempt"])

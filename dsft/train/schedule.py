@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from dsft.config.schedule import ScheduleSection
 from dsft.errors import ConfigError
 
+MOST_RISE = 2.0
+"""A run that is made a little longer raises the end of its cosine; a schedule begun anew raises it tenfold."""
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -42,8 +45,30 @@ class Schedule:
 
     def lr_at(self, position: Position) -> float:
         """Learning rate of the step that begins at ``position``."""
+        return self.lr * self._warmup(position) * self.share_at(position)
+
+    def share_at(self, position: Position) -> float:
+        """What is left of the peak learning rate at ``position``, the warm-up aside."""
         done = position.tokens if self.in_tokens else position.step
-        return self.lr * self._warmup(position) * self._shape(min(done, self.length))
+        return self._shape(min(done, self.length))
+
+    def check_no_jump(self, position: Position, share_before: float | None) -> None:
+        """Refuse to go on where the decay of the same run had taken the rate far below what it would be now.
+
+        A decayed model that meets the peak rate again at once forgets what the decay gave it.
+
+        Raises:
+            ConfigError: the rate would be more than ``MOST_RISE`` times what it was.
+        """
+        share = self.share_at(position)
+        if share_before is None or share <= MOST_RISE * share_before:
+            return
+        raise ConfigError(
+            f"the learning rate had decayed to {share_before:.1%} of train.lr by step {position.step}, and with the "
+            f"run's new length or schedule it would jump back to {share:.1%}. Go on from a checkpoint of before the "
+            "decay (--resume <run>/checkpoints/step-<number>), or begin a new run from this one's weights "
+            "(model.path), which warms up; --allow-lr-jump goes on all the same."
+        )
 
     def _warmup(self, position: Position) -> float:
         if self.warmup == 0:

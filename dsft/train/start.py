@@ -39,9 +39,9 @@ from dsft.model.load import resolved_commit
 from dsft.model.probe import prove
 from dsft.ops.backend import choose as choose_kernels
 from dsft.train import setup
-from dsft.train.agreement import check_same_configuration, check_same_stores
+from dsft.train.agreement import check_same_configuration, check_same_stores, with_pinned_start
 from dsft.train.attempts import Attempt, append_attempt
-from dsft.train.dry_run import describe, dry_run
+from dsft.train.dry_run import describe, dry_run, try_sinks
 from dsft.train.evaluation import EvaluationPlan
 from dsft.train.loop import Run, train
 from dsft.train.profiling import Profiler
@@ -69,6 +69,7 @@ class Options:
     Attributes:
         resume: ``auto``, ``if-any``, a checkpoint folder, or None for a fresh start.
         allow_data_change: resume although the data order changes.
+        allow_lr_jump: resume although the learning rate had decayed and would be far higher again.
         dry_run: show what would be trained, train nothing.
         profile_steps: steps to trace.
         max_seconds: stop, with everything saved, so that the run ends about so long after its start.
@@ -76,13 +77,14 @@ class Options:
 
     resume: str | None = None
     allow_data_change: bool = False
+    allow_lr_jump: bool = False
     dry_run: bool = False
     profile_steps: range = range(0)
     max_seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What must be alike on all ranks."""
-        return {"resume": self.resume, "allow_data_change": self.allow_data_change, "dry_run": self.dry_run}
+        return {name: getattr(self, name) for name in ("resume", "allow_data_change", "allow_lr_jump", "dry_run")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,10 @@ def _set_up(config: RunConfig, options: Options, rank: Rank) -> tuple[Run, Train
     config = with_revision(config, resolved_commit(engine.module))
     rank.phases.done("model_seconds")
     if options.dry_run:
+        with rank.groups.together():
+            _evaluation(config, data, {})
+            if rank.folder.is_owner:
+                try_sinks(rank.folder.path, config.log.sinks)
         result = dry_run(config, data, rank.groups, engine, cost)
         logger.info("%s", describe(result))
         rank.groups.close()
@@ -274,9 +280,10 @@ def with_revision(config: RunConfig, revision: str | None) -> RunConfig:
 
 def _agreed_data(config: RunConfig, groups: dist.Groups, stop: StopFlag) -> tuple[setup.Data, str | None]:
     """Tokenizer and stores; an error on one rank (a bad record in its shard) ends all of them with its message."""
+    pinned = with_pinned_start(config, groups)
     with groups.together():
-        weights = setup.model_folder(config)
-        tokenizer = setup.open_tokenizer(config)
+        weights = setup.model_folder(pinned)
+        tokenizer = setup.open_tokenizer(pinned)
         data = setup.open_data(config, tokenizer, stop, worker=groups.rank, num_workers=groups.size)
     check_same_stores(groups, (*data.stores, *data.held_out))
     return data, weights
@@ -297,6 +304,7 @@ def build_run(
     }
     objectives = setup.objectives_in_ids(config, data.tokenizer)
     tokens = setup.train_tokens(config, setup.planned_sources(config, data.stores, objectives))
+    schedule = build_schedule(config.train.schedule, lr=config.train.lr, steps=config.train.steps, tokens=tokens)
     throughput = Throughput(
         cost.flops_per_token,
         cost.flops_per_token_pair,
@@ -314,13 +322,23 @@ def build_run(
     saver = Saver(config.checkpoint, checkpoints, model_folder, folder.attempt, identity, step_log, rank.progress)
     resume = _with_any(options.resume, saver.folder, groups)
     state, origin = restore(
-        resume, saver, engine, groups, recorder, planner.start(), allow_data_change=options.allow_data_change
+        resume,
+        saver,
+        engine,
+        groups,
+        recorder,
+        planner.start(),
+        schedule,
+        allow_data_change=options.allow_data_change,
+        allow_lr_jump=options.allow_lr_jump,
     )
     if saver.saved_step is not None and origin is not None:
         folder.set_checkpoint(origin.checkpoint, saver.saved_step)
+    with groups.together():
+        recorder.begin(state.step)
     prove(engine.module, engine.device)
     with groups.together():
-        evaluation = _evaluation(config, data, state)
+        evaluation = _evaluation(config, data, state.overfit)
         if is_main:
             attempt = Attempt.of(folder.attempt, state.step, origin, identity, data.stores, objectives)
             append_attempt(folder.path, attempt)
@@ -329,7 +347,7 @@ def build_run(
         engine=engine,
         groups=groups,
         loader=setup.build_loader(config, data, planner, cost, rank=groups.rank, num_ranks=groups.size),
-        schedule=build_schedule(config.train.schedule, lr=config.train.lr, steps=config.train.steps, tokens=tokens),
+        schedule=schedule,
         saver=saver,
         evaluation=evaluation,
         recorder=recorder,
@@ -360,7 +378,7 @@ def _with_any(resume: str | None, checkpoints: Path, groups: dist.Groups) -> str
     return answer
 
 
-def _evaluation(config: RunConfig, data: setup.Data, state: TrainState) -> EvaluationPlan:
+def _evaluation(config: RunConfig, data: setup.Data, overfit: dict[str, Any]) -> EvaluationPlan:
     section = config.evaluate
     patience = section.early_stop.patience if section.early_stop is not None else 3
     sets = tuple(
@@ -371,7 +389,7 @@ def _evaluation(config: RunConfig, data: setup.Data, state: TrainState) -> Evalu
         check_section(held_out.section, held_out.store, data.tokenizer)
     for test in section.bias:
         check_bias(test)
-    watch = OverfitWatch.from_json(patience, state.overfit)
+    watch = OverfitWatch.from_json(patience, overfit)
     return EvaluationPlan(section, sets, data.tokenizer, watch, config.data.pack_tokens)
 
 

@@ -24,6 +24,8 @@ class TrainState:
         overfit: state of the overfitting watch (JSON).
         first_loss: per held-out set, its loss at the run's first evaluation.
         first_bias: per bias test, the value of each of its items at the run's first evaluation.
+        is_unmeasured: the evaluation that was due here was ended by a stop; the next start begins with it.
+        lr_share: what the schedule had left of the peak learning rate here, warm-up aside; None: not known.
         train_loss: per source, since the last evaluation: [weighted sum of the loss, sum of weights].
     """
 
@@ -36,6 +38,8 @@ class TrainState:
     overfit: dict[str, Any] = field(default_factory=dict)
     first_loss: dict[str, float] = field(default_factory=dict)
     first_bias: dict[str, list[float]] = field(default_factory=dict)
+    is_unmeasured: bool = False
+    lr_share: float | None = None
     train_loss: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -50,6 +54,8 @@ class TrainState:
             "overfit": self.overfit,
             "first_loss": self.first_loss,
             "first_bias": self.first_bias,
+            "is_unmeasured": self.is_unmeasured,
+            "lr_share": self.lr_share,
             "train_loss": self.train_loss,
         }
 

@@ -51,12 +51,21 @@ def records(folder: Path, kind: str) -> list[dict]:
 
 
 @pytest.mark.timeout(300)
+def test_dry_run_proves_that_documents_are_kept_apart(config_file: Path) -> None:
+    dry = dsft("train", str(config_file), "--dry-run", "--set", "model.config.model_type=lfm2")
+    assert dry.returncode == 1
+    assert "documents would leak into each other: refused" in dry.stderr
+
+
+@pytest.mark.timeout(300)
 def test_dry_run_says_what_training_then_does(config_file: Path) -> None:
     run = config_file.parent / "run"
     dry = dsft("train", str(config_file), "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert not (run / "checkpoints").exists()
     assert not (run / "metrics.jsonl").exists()
+    assert not (run / "tensorboard").exists()
+    assert not list(run.glob(".dry-run-*"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -64,6 +64,12 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
             "messages",
             "content is a list, not a string",
         ),
+        (
+            {"messages": [{**USER, "role": "Assistant"}]},
+            "messages",
+            r"messages\[0\].role is 'Assistant'; the roles are",
+        ),
+        ({"messages": [{**USER, "role": "human"}]}, "messages", "is 'human'; the roles are system, developer, user"),
         ({"messages": [{**USER, "train": "yes"}]}, "messages", r"messages\[0\].train is a string, not true or false"),
         ({"messages": [{**USER, "loss_weight": True}]}, "messages", "loss_weight is a boolean"),
         ({"messages": [{**USER, "loss_weight": -1}]}, "messages", "must be finite and not negative"),

@@ -262,3 +262,30 @@ def test_the_listing_fingerprint_follows_the_files(tmp_path: Path) -> None:
     assert first == listing_fingerprint(list_shards("s", str(path)))
     os.utime(path, ns=(1, 1))
     assert first != listing_fingerprint(list_shards("s", str(tmp_path)))
+
+
+def test_a_json_array_is_read_where_it_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "alpaca.json"
+    path.write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
+    for named in (path, f"{tmp_path}/*.json"):
+        records = read(named)
+        assert [record.value for record in records] == ROWS
+        assert records[1].location == f"{path}:record 2"
+    with pytest.raises(DataError, match=r"read only where they are named: .*\*\.json"):
+        read(tmp_path)
+    (tmp_path / "more.jsonl").write_bytes(JSONL)
+    assert len(read(tmp_path)) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"data": [{"text": "x"}]}', "it is an object"),
+        ('{"text": "x"}\n{"text": "y"}\n', "Extra data.*one record a line .jsonl"),
+        ('[{"text": "x"}', "not valid JSON"),
+    ],
+)
+def test_json_that_is_no_array_says_what_to_do(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=f"not one JSON array of records: .*{words}"):
+        read(tmp_path / "a.json")

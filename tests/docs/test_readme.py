@@ -100,8 +100,10 @@ def run_command(command: str, folder: Path, port: int) -> subprocess.CompletedPr
     if words[0] == "deepspeed":  # the port is fixed unless given, and this machine may have no ssh server
         words[1:1] = ["--master_port", str(port), "--master_addr", "127.0.0.1", "--no_ssh_check"]
     if "run.yaml" in words:
-        tokens = "train.tokens=8000" if "--set" in words else "train.tokens=6000"
+        is_resume = "--resume" in words  # of a finished run, which is made longer here
+        tokens = "train.tokens=8000" if is_resume else "train.tokens=6000"
         words += [word for setting in [*SMALLER, tokens] for word in ("--set", setting)]
+        words += ["--allow-lr-jump"] if is_resume else []
     return subprocess.run(
         words, cwd=folder, env=environ, capture_output=True, text=True, timeout=240, check=False, start_new_session=True
     )

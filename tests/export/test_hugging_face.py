@@ -268,6 +268,34 @@ def test_weights_folder_is_exported_once_by_whoever_comes_first(trained: Path, t
     assert torch.equal(_exported_logits(folders[0]), _live_logits(trained, tied=True))
 
 
+def _hold(checkpoint: Path, cache: Path, ready: Any, done: Any) -> None:
+    weights_folder(checkpoint, cache)
+    ready.set()
+    done.wait(120)
+
+
+def test_exports_that_nobody_uses_are_removed(trained: Path, tmp_path: Path) -> None:
+    first = checkpoint_of(trained)
+    second = tmp_path / "other" / "checkpoints" / "step-00000003"
+    shutil.copytree(first, second)
+    manifest = second / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")  # another content
+    cache = tmp_path / "cache"
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(first, cache, ready, done))
+    holder.start()
+    assert ready.wait(120)
+    of_second = weights_folder(second, cache)
+    (of_first,) = (path for path in cache.glob("step-*") if path != of_second)
+    done.set()
+    holder.join(120)
+    assert holder.exitcode == 0
+    assert weights_folder(second, cache) == of_second
+    assert [*cache.glob("step-*")] == [of_second], "in use by this process; the other's has ended"
+    assert not of_first.exists()
+
+
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
         checkpoint_of(tmp_path)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recorder = Recorder(tmp_path, ["tensorboard"], is_main=True)
+    recorder.begin(0)
     recorder.write("step", STEP)
     recorder.write("evaluation", {"step": 3, "set": "held", "loss": 2.0})
     recorder.close()
@@ -111,6 +113,22 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     assert (event.step, event.value) == (3, 2.25)
     (event,) = board.Scalars("evaluation/held/loss")
     assert (event.step, event.value) == (3, 2.0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="an extra")
+def test_a_resume_takes_back_what_tensorboard_was_shown_after_the_checkpoint(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for begin, steps, loss in ((0, (1, 2, 3, 4), 1.0), (2, (3, 4, 5), 2.0)):
+        recorder = Recorder(tmp_path, ["tensorboard"], is_main=True)
+        recorder.begin(begin)
+        for step in steps:
+            recorder.write("step", {**STEP, "step": step, "loss": loss})
+        recorder.close()
+        time.sleep(1.1)  # the file's name has the second, and files are read in the order of their names
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("step/loss")] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 
 def test_plain_lines_without_a_terminal(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +110,7 @@ def built_run(
     *,
     held_out: Sequence[Path] = (),
     resume: str | None = None,
+    allow_lr_jump: bool = False,
 ) -> Iterator[tuple[Run, TrainState, RunConfig, setup.Data]]:
     """A run over prepared stores, ready for ``dsft.train.loop.train``; collective. The tokenizer writes ids as numbers.
 
@@ -137,17 +138,16 @@ def built_run(
     drop_shared_memory_name(groups.world)
     folder = take_run_folder(run_dir, groups)
     rank = Rank(groups, "cpu", deepspeed_config, folder, StopFlag(), Progress(), Phases())
-    engine, hf_config = setup.build_engine(parsed, data, groups, parsed.model.path, deepspeed_config, "cpu")
-    cost = model_cost(hf_config, parsed.data.is_masked)
-    run, state = build_run(parsed, Options(resume=resume), data, rank, engine, hf_config, cost)
-    try:
+    options = Options(resume=resume, allow_lr_jump=allow_lr_jump)
+    with ExitStack() as cleanup:
+        cleanup.callback(folder.release)
+        engine, hf_config = setup.build_engine(parsed, data, groups, parsed.model.path, deepspeed_config, "cpu")
+        cleanup.callback(engine.destroy)
+        cost = model_cost(hf_config, parsed.data.is_masked)
+        run, state = build_run(parsed, options, data, rank, engine, hf_config, cost)
+        for close in (run.loader.close, run.recorder.close, run.saver.close):  # the last one first
+            cleanup.callback(close)
         yield run, state, parsed, data
-    finally:
-        run.saver.close()
-        run.recorder.close()
-        run.loader.close()
-        folder.release()
-        engine.destroy()
     groups.barrier()
 
 

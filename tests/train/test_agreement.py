@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dsft.config.models import RunConfig
 from dsft.dist import Groups
 from dsft.errors import ConfigError, DataError
 from dsft.store.reader import SourceStore
+from dsft.train import agreement
 from dsft.train.agreement import check_same_configuration, check_same_stores
 from tests.support.ranks import run_ranks
 from tests.support.stores import text_document, write_store
@@ -36,3 +38,30 @@ def test_ranks_that_differ_stop_together(tmp_path: Path) -> None:
         assert "log.every_steps is 2, and 1 on rank 0" in config_error
         assert "rank 1 on" in config_error
         assert "different token stores of 'papers'" in data_error
+
+
+def config_with(path: Path) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"name": "r", "dir": "runs/r"},
+            "model": {"path": str(path)},
+            "data": {"pack_tokens": 64, "sources": [{"name": "s", "path": "p"}]},
+            "train": {"tokens": 100, "global_batch_packs": 1, "lr": 1e-3},
+        }
+    )
+
+
+def _pinned_on_two_ranks(groups: Groups, run: Path) -> str | None:
+    """Each rank finds another newest checkpoint, as when the run saves one between their looks."""
+    real = agreement.checkpoint_of
+    agreement.checkpoint_of = lambda path: path / "checkpoints" / f"step-{groups.rank:08d}"
+    try:
+        return agreement.with_pinned_start(config_with(run), groups).model.path
+    finally:
+        agreement.checkpoint_of = real
+
+
+def test_every_rank_starts_from_the_checkpoint_that_rank_0_found(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    found = run_ranks(_pinned_on_two_ranks, 2, tmp_path / "run", timeout_seconds=60)
+    assert found == [str(tmp_path / "run" / "checkpoints" / "step-00000000")] * 2

@@ -14,8 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dsft.train.evaluation
 from dsft.checkpoint.discover import newest
 from dsft.dist import Groups
+from dsft.evaluate import held_out
 from dsft.metrics.recorder import METRICS_NAME
 from dsft.store.types import Document
+from dsft.train.evaluation import EvaluationPlan
 from dsft.train.loop import train
 from tests.support.ranks import run_ranks
 from tests.support.stores import text_document, write_store
@@ -190,8 +192,62 @@ def _asked_to_stop(groups: Groups, folder: Path) -> tuple[Any, int]:
 @pytest.mark.timeout(420)
 def test_a_stop_during_an_evaluation_stops_all_ranks_and_saves_without_another_evaluation(folder: Path) -> None:
     first, second = run_ranks(_asked_to_stop, 2, folder, timeout_seconds=400)
-    # The message of step 4 was on its way already; that of step 5 carries the request.
-    assert first == second == (("stopped", 4), 1)
+    assert first == second == (("stopped", 3), 1), "the message of step 4 was on its way already; it is not run"
     saved = newest(folder / "asked" / "checkpoints")
     assert saved is not None
-    assert saved.name == "step-00000004"
+    assert saved.name == "step-00000003"
+
+
+def _stopped_in_an_evaluation(groups: Groups, folder: Path) -> dict[str, Any]:
+    """Rank 1 is asked to stop in the second batch of an evaluation, in the middle of a run and at its end."""
+    config = _config(folder, {"every_steps": 5, "at_stage_ends": False}, checkpoint={"every_steps": 5, "keep_last": 9})
+    found: dict[str, Any] = {"whole": _train(groups, folder, "never-stopped", config)}
+    collate = held_out.collate
+    for which, name in ((1, "middle"), (3, "end")):
+        num_batches: list[int] = []
+
+        def counting(packs: Any, spec: Any, asked_in: int = which, num_batches: list[int] = num_batches) -> Any:
+            batch = collate(packs, spec)
+            num_batches[-1] += 1
+            if groups.rank == 1 and len(num_batches) == asked_in and num_batches[-1] == 2:
+                built.stop.request("SIGTERM", 1000.0)
+            return batch
+
+        measure = EvaluationPlan.measure
+
+        def begun(self: Any, run: Any, state: Any, num_batches: list[int] = num_batches, plain: Any = measure) -> Any:
+            num_batches.append(0)
+            return plain(self, run, state)
+
+        held_out.collate, EvaluationPlan.measure = counting, begun  # type: ignore[assignment, method-assign]
+        stores, run_dir = [folder / "text", folder / "chat"], folder / f"stopped-{name}"
+        with built_run(groups, run_dir, config, stores, held_out=[folder / "held"]) as (built, state, _, _):
+            outcome = train(built, state)
+            found[name] = (outcome, state.step, built.saver.saved_step, num_batches)
+        held_out.collate, EvaluationPlan.measure = collate, measure  # type: ignore[method-assign]
+        with built_run(groups, run_dir, config, stores, held_out=[folder / "held"], resume="auto") as (
+            built,
+            state,
+            _,
+            _,
+        ):
+            found[f"{name}, resumed"] = (train(built, state), state.step, state_digest(built.engine))
+        found[f"{name}, evaluations"] = read_lines(run_dir / METRICS_NAME, "evaluation")
+    return found
+
+
+@pytest.mark.timeout(420)
+def test_a_stop_ends_an_evaluation_between_two_batches(folder: Path) -> None:
+    def told(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{key: value for key, value in record.items() if key not in ("time", "seconds")} for record in records]
+
+    for found in run_ranks(_stopped_in_an_evaluation, 2, folder, timeout_seconds=400):
+        _, last_step, digest, _, evaluations = found["whole"]
+        assert [record["step"] for record in evaluations] == [5, 10, NUM_STEPS]
+        for name, step, begun in (("middle", 5, 1), ("end", NUM_STEPS, 3)):
+            outcome, stopped_at, saved_step, num_batches = found[name]
+            assert (outcome, stopped_at, saved_step) == ("stopped", step, step)
+            assert len(num_batches) == begun
+            assert num_batches[-1] == 2, "the batch in which it was asked is the last"
+            assert found[f"{name}, resumed"] == ("finished", last_step, digest)
+            assert told(found[f"{name}, evaluations"]) == told(evaluations)

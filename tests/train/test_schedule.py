@@ -51,6 +51,23 @@ def test_token_units_do_not_depend_on_the_step_count() -> None:
     assert schedule.lr_at(Position(0, 0)) > 0
 
 
+def test_a_decay_is_not_undone_by_a_longer_run() -> None:
+    section = ScheduleSection(kind="warmup_stable_decay", decay_steps=4, min_lr_ratio=0.1)
+    short, long = (build_schedule(section, lr=1.0, steps=steps, tokens=None) for steps in (10, 20))
+    for done, is_refused in ((5, False), (7, False), (8, False), (9, True), (10, True)):
+        share = short.share_at(Position(done, 0))
+        short.check_no_jump(Position(done, 0), share)
+        if is_refused:
+            with pytest.raises(ConfigError, match="--allow-lr-jump"):
+                long.check_no_jump(Position(done, 0), share)
+        else:
+            long.check_no_jump(Position(done, 0), share)
+    long.check_no_jump(Position(10, 0), None)
+    cosine = ScheduleSection(kind="cosine", min_lr_ratio=0.1)
+    ended = build_schedule(cosine, lr=1.0, steps=1000, tokens=None).share_at(Position(1000, 0))
+    build_schedule(cosine, lr=1.0, steps=1100, tokens=None).check_no_jump(Position(1000, 0), ended)
+
+
 @pytest.mark.parametrize(
     ("section", "steps", "tokens", "words"),
     [

@@ -14,6 +14,17 @@ from dsft.train.setup import check_there, open_tokenizer, stop_ids
 from tests.support.tokenizers import tiny_tokenizer_folder
 
 
+def config_with(path: Path) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"name": "r", "dir": "runs/r"},
+            "model": {"path": str(path)},
+            "data": {"pack_tokens": 64, "sources": [{"name": "s", "path": "p"}]},
+            "train": {"tokens": 100, "global_batch_packs": 1, "lr": 1e-3},
+        }
+    )
+
+
 def test_generation_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
     folder = str(tiny_tokenizer_folder(tmp_path))
     plain = load_tokenizer(folder)
@@ -27,14 +38,7 @@ def test_a_checkpoints_tokenizer_is_read_without_exporting_its_weights(tmp_path:
     checkpoint.mkdir(parents=True)
     (checkpoint / MANIFEST_NAME).write_text("{}")
     tiny_tokenizer_folder(tmp_path).rename(checkpoint / "model")
-    config = RunConfig.model_validate(
-        {
-            "run": {"name": "r", "dir": "runs/r"},
-            "model": {"path": str(checkpoint)},
-            "data": {"pack_tokens": 64, "sources": [{"name": "s", "path": "p"}]},
-            "train": {"tokens": 100, "global_batch_packs": 1, "lr": 1e-3},
-        }
-    )
+    config = config_with(checkpoint)
     before = sorted(tmp_path.rglob("*"))
     assert open_tokenizer(config).fingerprint == load_tokenizer(str(checkpoint / "model")).fingerprint
     assert sorted(tmp_path.rglob("*")) == before
