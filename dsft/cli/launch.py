@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 @click.option("--min-nodes", type=click.IntRange(min=1), help="Go on without hosts that are lost, with at least N.")
 @click.option("--master_addr", "--master-addr", help="Address of rank 0, where the hosts do not find it themselves.")
 @click.option("--resume", metavar="auto|if-any|CHECKPOINT", help="Of the first start, as for dsft train.")
+@click.option("--allow-data-change", is_flag=True, help="As for dsft train.")
+@click.option("--allow-lr-jump", is_flag=True, help="As for dsft train.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as for dsft train.")
 @click.option("--max-seconds", type=float, help="Of each start, as for dsft train.")
 def command(
@@ -31,6 +33,8 @@ def command(
     min_nodes: int | None,
     master_addr: str | None,
     resume: str | None,
+    allow_data_change: bool,
+    allow_lr_jump: bool,
     overrides: tuple[str, ...],
     max_seconds: float | None,
 ) -> int:
@@ -51,6 +55,8 @@ def command(
     arguments = ["train", config_file]
     for override in overrides:
         arguments += ["--set", override]
+    for name, is_set in {"--allow-data-change": allow_data_change, "--allow-lr-jump": allow_lr_jump}.items():
+        arguments += [name] if is_set else []
     if max_seconds is not None:
         arguments += ["--max-seconds", str(max_seconds)]
     job = Job(
