@@ -53,7 +53,7 @@ def dry_run(config: RunConfig, data: setup.Data, groups: Groups, engine: Any, co
     with groups.together():
         check_engine(engine)
         tokens = setup.train_tokens(
-            config, setup.planned_sources(config, data.stores, setup.fim_objectives(config, data.tokenizer))
+            config, setup.planned_sources(config, data.stores, setup.objectives_in_ids(config, data.tokenizer))
         )
         build_schedule(config.train.schedule, lr=config.train.lr, steps=config.train.steps, tokens=tokens)
     prove(engine.module, engine.device)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dsft.checkpoint.commit import save
+from dsft.checkpoint.manifest import MANIFEST_NAME
 from dsft.checkpoint.retention import Keep
 from dsft.cli.export import command
 from dsft.dist import Groups
@@ -278,7 +279,7 @@ def test_exports_that_nobody_uses_are_removed(trained: Path, tmp_path: Path) -> 
     first = checkpoint_of(trained)
     second = tmp_path / "other" / "checkpoints" / "step-00000003"
     shutil.copytree(first, second)
-    manifest = second / "manifest.json"
+    manifest = second / MANIFEST_NAME
     manifest.write_text(manifest.read_text() + "\n")  # another content
     cache = tmp_path / "cache"
     context = multiprocessing.get_context("spawn")
