@@ -13,8 +13,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsft.batch.collate import BatchSpec
-from dsft.errors import DataError
+from dsft.errors import DataError, StoppedEarly
+from dsft.evaluate import held_out
 from dsft.evaluate.held_out import LossResult, choose_documents, measure_documents, summarise
+from dsft.launch.stop import StopFlag
 from dsft.model.packed import PackedCausalLM
 from dsft.store.reader import SourceStore
 from dsft.store.types import Document
@@ -31,6 +33,9 @@ class _Alone:
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         return values
+
+    def post(self, vector: np.ndarray) -> Any:
+        return SimpleNamespace(wait=lambda: vector[None])
 
 
 def _plain_model(dropout: float = 0.0) -> LlamaForCausalLM:
@@ -62,6 +67,27 @@ def _spec(store: SourceStore) -> BatchSpec:
     return BatchSpec(
         stores=(store,), loss_weights=(1.0,), loss_reduction="token", pack_tokens=PACK_TOKENS, pad_id=VOCAB_TOKENS - 1
     )
+
+
+def test_a_stop_ends_it_between_two_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks of a run: tests/train/test_evaluation.py."""
+    store = write_store(tmp_path, _documents(), name="held-out", vocab_tokens=VOCAB_TOKENS)
+    stop, num_batches, collate = StopFlag(), 0, held_out.collate
+
+    def counting(packs: Any, spec: BatchSpec) -> Any:
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == 2:
+            stop.request("SIGUSR1")
+        return collate(packs, spec)
+
+    monkeypatch.setattr(held_out, "collate", counting)
+    model, cpu = PackedCausalLM(_plain_model()).train(), torch.device("cpu")
+    groups: Any = _Alone()
+    with pytest.raises(StoppedEarly):
+        measure_documents(model, store, _spec(store), groups, device=cpu, stop=stop)
+    assert num_batches == 2
+    assert model.training
 
 
 def _evaluate(store: SourceStore, groups: Any, max_documents: int | None = None) -> LossResult:
