@@ -97,7 +97,10 @@ def _extended(groups: Groups, folder: Path) -> list[tuple[str, int, int]]:
     seen = []
     first_end = 3 * STEP_TOKENS + 2 * PACK_TOKENS
     for tokens, resume in ((first_end, None), (first_end, "auto"), (8 * STEP_TOKENS, "auto")):
-        with built_run(groups, run_dir, _config(folder, tokens), [folder / "text"], resume=resume) as (
+        longer = tokens != first_end
+        with built_run(
+            groups, run_dir, _config(folder, tokens), [folder / "text"], resume=resume, allow_lr_jump=longer
+        ) as (
             run,
             state,
             _,
