@@ -43,6 +43,8 @@ STOP_SECONDS = 20.0
 _KILL_AFTER_SECONDS = 26.0
 _POLL_SECONDS = 0.5
 _PAUSE_SECONDS = 2.0
+_END_SECONDS = 120.0
+"""What the launcher may take to end after the run has."""
 _HOSTS_PAUSE_SECONDS = 15.0
 """Between two starts where the hosts were not ready: one that reboots needs minutes, and so many tries."""
 _LOCK_SECONDS = 120.0
@@ -204,6 +206,7 @@ def _begin(job: Job, resume: str | None) -> Start:
 def _wait(job: Job, start: Start, stop: StopFlag) -> None:
     """Until the launcher has ended, the run hangs, or the time to stop is up."""
     asked_at: float | None = None
+    over_at: float | None = None
     while start.process.poll() is None:
         with contextlib.suppress(psutil.Error):
             start.seen.update(psutil.Process(start.process.pid).children(recursive=True))
@@ -215,7 +218,13 @@ def _wait(job: Job, start: Start, stop: StopFlag) -> None:
             left = STOP_SECONDS - (time.monotonic() - asked_at)
             if left > 0 or not has_limit:
                 ask_to_stop(job.run_dir, left if has_limit else None)  # again and again: the run may just be starting
-        hangs = start.vigil.hung()
+        if is_over(job.run_dir, start):  # its ranks beat no more, and those of other hosts cannot be looked at
+            over_at = over_at or time.monotonic()
+            if time.monotonic() - over_at > _END_SECONDS:
+                return
+            hangs = []
+        else:
+            hangs = start.vigil.hung()
         if hangs:
             start.hang = "\n".join(start.vigil.stacks(hangs))
             write_bytes(job.run_dir / f"hang-{hangs[0].beat.attempt[:8]}.txt", start.hang.encode())
@@ -264,6 +273,12 @@ def judge(run_dir: Path, start: Start) -> tuple[int, str]:
         return EXIT_RUN_FAILED, f"the run died without a word after step {state['step']} (deepspeed ended with {code})"
     what = state.get("error") or f"{state['status']} after step {state['step']}"
     return int(state["exit_code"]), str(what) if failed is None else failed.describe()
+
+
+def is_over(run_dir: Path, start: Start) -> bool:
+    """This start's own record says that it has finished, stopped or failed."""
+    state = read_run_state(run_dir)
+    return state is not None and state["attempt"] != start.old_attempt and state["status"] != "running"
 
 
 def _committed(run_dir: Path) -> int | None:

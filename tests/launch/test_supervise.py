@@ -17,7 +17,7 @@ import pytest
 
 from dsft.checkpoint.discover import newest
 from dsft.launch.heartbeat import read_beats
-from dsft.launch.supervise import Start, judge
+from dsft.launch.supervise import Start, is_over, judge
 from dsft.launch.vigil import Vigil
 from tests.support.launch import launched
 from tests.support.ranks import free_port
@@ -171,4 +171,7 @@ def test_the_run_is_judged_by_its_own_record(
     process = subprocess.Popen(["sh", "-c", "kill -9 $$" if launcher_code < 0 else f"exit {launcher_code}"])
     process.wait()
     assert process.returncode == launcher_code
-    assert judge(tmp_path, Start(process, Vigil(tmp_path), "old"))[0] == expected
+    start = Start(process, Vigil(tmp_path), "old")
+    assert judge(tmp_path, start)[0] == expected
+    over = record is not None and record["status"] != "running" and record.get("attempt") != "old"
+    assert is_over(tmp_path, start) == over
