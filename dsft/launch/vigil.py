@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from dsft.launch.heartbeat import STACK_SIGNAL, Beat, read_beats, read_stack
 
 SILENT_SECONDS = 30.0
 """Without a beat, which comes every second. A process that swaps or is compiling may miss a few."""
+SUSPECT_SECONDS = 10.0
+"""As much where another rank stands still: it waits for the one that is silent, and their limits pass together."""
 _STACK_SECONDS = 2.0
 _MOST_STACK_CHARACTERS = 4000
 
@@ -60,24 +62,32 @@ class Vigil:
 
     def hung(self) -> list[Hang]:
         """Ranks that hang now: those that give no sign of life, else those that are behind in a phase that lasts."""
-        now = time.monotonic()
         beats = self.beats()
-        silent = []
-        for rank, beat in beats.items():
-            number, since = self._last.get(rank, (-1, now))
-            if beat.number != number:
-                self._last[rank] = (beat.number, now)
-            elif now - since > SILENT_SECONDS and beat.phase != "end" and _may_live(beat):
-                silent.append(Hang(beat, f"no sign of life for {now - since:.0f} s"))
+        still = [beat for beat in beats.values() if beat.stands_still]
+        limit = SUSPECT_SECONDS if still else SILENT_SECONDS
+        silent = [
+            Hang(beat, f"no sign of life for {seconds:.0f} s")
+            for beat, seconds in self._silent(beats)
+            if seconds > limit and beat.phase != "end" and _may_live(beat)
+        ]
         if silent:
             return silent
-        still = [beat for beat in beats.values() if beat.stands_still]
         first = min((beat.step for beat in still), default=0)
         return [
             Hang(beat, f"it has taken {beat.phase_seconds:.0f} s, and {beat.limit_seconds:.0f} s are the limit there")
             for beat in still
             if beat.step == first
         ]
+
+    def _silent(self, beats: Mapping[int, Beat]) -> Iterator[tuple[Beat, float]]:
+        """Each rank's newest beat, and for how many seconds there was no newer one."""
+        now = time.monotonic()
+        for rank, beat in beats.items():
+            number, since = self._last.get(rank, (-1, now))
+            if beat.number != number:
+                self._last[rank] = (beat.number, now)
+            else:
+                yield beat, now - since
 
     def stacks(self, hangs: Iterable[Hang]) -> list[str]:
         """What each hung rank was doing. A stopped process writes it when it is woken; it will be killed anyway."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,8 +44,8 @@ class TrainState:
     train_loss: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
+        """Plain JSON values, a copy: a save writes them while training goes on."""
+        values = {
             "cursor": cursor_to_json(self.cursor),
             "step": self.step,
             "tokens_trained": self.tokens_trained,
@@ -58,6 +59,7 @@ class TrainState:
             "lr_share": self.lr_share,
             "train_loss": self.train_loss,
         }
+        return copy.deepcopy(values)
 
 
 def state_from_json(values: dict[str, Any]) -> TrainState:

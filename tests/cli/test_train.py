@@ -52,8 +52,13 @@ def records(folder: Path, kind: str) -> list[dict]:
 
 @pytest.mark.timeout(300)
 def test_dry_run_proves_that_documents_are_kept_apart(config_file: Path) -> None:
-    dry = dsft("train", str(config_file), "--dry-run", "--set", "model.config.model_type=lfm2")
-    assert dry.returncode == 1
+    settings = (
+        "model.config.model_type=lfm2",
+        "model.config.num_key_value_heads=2",
+        "model.config.layer_types=[conv, full_attention]",
+    )
+    dry = dsft("train", str(config_file), "--dry-run", *(word for setting in settings for word in ("--set", setting)))
+    assert dry.returncode == 2
     assert "documents would leak into each other: refused" in dry.stderr
 
 

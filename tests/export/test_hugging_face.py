@@ -277,7 +277,7 @@ def _hold(checkpoint: Path, cache: Path, ready: Any, done: Any) -> None:
 
 def test_exports_that_nobody_uses_are_removed(trained: Path, tmp_path: Path) -> None:
     first = checkpoint_of(trained)
-    second = tmp_path / "other" / "checkpoints" / "step-00000003"
+    second = tmp_path / "other" / "checkpoints" / first.name
     shutil.copytree(first, second)
     manifest = second / MANIFEST_NAME
     manifest.write_text(manifest.read_text() + "\n")  # another content
