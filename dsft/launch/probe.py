@@ -29,6 +29,7 @@ from typing import Any
 MARK = "DSFT-PROBE "
 """Stands before the JSON, because a login shell may print, too."""
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
+_SECOND_LOOK_SECONDS = 1.0
 _SIOCGIFADDR, _SIOCGIFFLAGS, _IFF_UP = 0x8915, 0x8913, 1
 
 
@@ -216,10 +217,28 @@ def _ops_folder(cache: str) -> str:
 
 
 def _locks(cache: str, extensions: str | None) -> dict[str, int | None]:
-    """Lock files of op builds, and the process that holds each; null: none on this host."""
+    """Lock files of op builds, and the process that holds each; null: none on this host.
+
+    torch closes a lock before it removes it, and a process that only loads an op takes one for a moment: a lock that
+    nobody holds counts if the same file is still there, and still nobody's, at a second look.
+    """
     usual = ("~/.cache/torch_extensions/*", f"{glob.escape(cache)}/deepspeed-ops/*/jit-{socket.gethostname()}")
     folders = [glob.escape(extensions)] if extensions else [os.path.expanduser(folder) for folder in usual]
-    return {lock: _holder(lock) for folder in folders for lock in sorted(glob.glob(f"{folder}/*/lock"))}
+    seen = {lock: _born(lock) for folder in folders for lock in sorted(glob.glob(f"{folder}/*/lock"))}
+    found = {lock: _holder(lock) for lock in seen}
+    if None in found.values():
+        time.sleep(_SECOND_LOOK_SECONDS)
+        found = {lock: holder or _holder(lock) for lock, holder in found.items()}
+    return {lock: holder for lock, holder in found.items() if holder or (seen[lock] and seen[lock] == _born(lock))}
+
+
+def _born(lock: str) -> tuple[int, int] | None:
+    """What tells a file from another of the same name; null: it is gone."""
+    try:
+        status = os.stat(lock)
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _holder(lock: str) -> int | None:

@@ -85,9 +85,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def slurm() -> Iterator[dict[str, str]]:
     need(*PROGRAMS)
-    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as environ:
+    with slurm_cluster() as environ:
         yield environ
 
 

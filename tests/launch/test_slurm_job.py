@@ -87,8 +87,7 @@ class Cluster:
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     need(*PROGRAMS)
     write_tiny_run(tmp_path)
-    (tmp_path / "cluster").mkdir()
-    with slurm_cluster(tmp_path / "cluster") as environ:
+    with slurm_cluster() as environ:
         yield Cluster(tmp_path, environ)
 
 

@@ -6,6 +6,7 @@ import getpass
 import os
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,8 +50,18 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "sinfo", "scancel
 
 
 @contextmanager
-def slurm_cluster(folder: Path, timeout_seconds: float = 60.0) -> Iterator[dict[str, str]]:
-    """Start the cluster; gives the variables under which srun, sbatch and their friends find it."""
+def slurm_cluster() -> Iterator[dict[str, str]]:
+    """Start the cluster; gives the variables under which srun, sbatch and their friends find it.
+
+    Its folder has a short name: slurmd puts a socket for each step, ``<spool>/<node>_<job>.<step>``, there, and the
+    name of a socket has at most 108 characters. With more no job ever starts, and slurmctld says only ``launch failed``
+    (pytest's folder of a worker made it 115).
+    """
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        yield from _cluster(Path(folder))
+
+
+def _cluster(folder: Path, timeout_seconds: float = 60.0) -> Iterator[dict[str, str]]:
     configuration = folder / "slurm.conf"
     configuration.write_text(
         _CONFIGURATION.format(
