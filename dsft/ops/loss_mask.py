@@ -195,10 +195,11 @@ def expand_loss_mask(
 
     - token: 1;
     - document: number of supervised targets of the document;
-    - message: number of supervised targets of the span.
+    - message: number of supervised targets of the span;
+    - source: ``token`` with 1 / (sum of the source's weights in the global batch) in ``piece_weight``, because no rank
+      has that sum alone.
 
-    A normalisation over a source is a ``piece_weight``: it needs the source's rows of the global batch, which no rank
-    has alone. Token 0 of a document is never a target; a span or piece of weight 0 has none.
+    Token 0 of a document is never a target; a span or piece of weight 0 has none.
 
     Args:
         spans: int32[K, 2], half-open intervals of the targets of whole documents, ascending and disjoint in each piece

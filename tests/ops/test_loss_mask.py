@@ -107,6 +107,26 @@ def test_equals_a_count_of_tokens(pieces: list[Piece], reduction: LossReduction)
         assert torch.equal(found, wanted)
 
 
+@both
+@settings(max_examples=100, deadline=None)
+@given(pieces=st.lists(st.tuples(documents(), st.integers(0, 2)), min_size=1, max_size=8))
+def test_a_source_is_normalised_by_its_pieces_weight(
+    implementation: Implementation, pieces: list[tuple[Piece, int]]
+) -> None:
+    """Over ranks: each counts its weights by source (``token``), the sums travel, and each source then weighs one."""
+    alone = [replace(piece, weight=1.0) for piece, _ in pieces]
+    _, counted = implementation(*arguments(alone, "token"))
+    rows = [len(of_piece) for of_piece in by_tokens(alone, "token")]
+    source = np.repeat([number for _, number in pieces], rows)
+    sums = np.bincount(source, weights=counted.double().numpy(), minlength=3)
+    weights = [1 / sums[number] if sums[number] else 0.0 for _, number in pieces]
+    scaled = [replace(piece, weight=weight) for piece, weight in zip(alone, weights, strict=True)]
+    _, weighed = implementation(*arguments(scaled, "token"))
+    assert len(weighed) == len(counted)
+    found = np.bincount(source, weights=weighed.double().numpy(), minlength=3)
+    np.testing.assert_allclose(found[sums > 0], 1, rtol=1e-6)
+
+
 DOCUMENT = Piece(((0, 3, 1.0), (5, 6, 2.0), (8, 12, 0.5)), 0, 12, 12)
 
 
