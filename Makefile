@@ -13,7 +13,7 @@ STAMP := .venv/.installed
 # Two test files at a time: most tests wait (for a start, a timeout, another rank) more than they compute. A file stays
 # in one process, so that its tests share what they have built.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Tests of the cluster tier skip themselves where a tool they need is missing, unless CI=1 says that none may be.
 RUNNABLE := $(if $(shell command -v nvidia-smi),,-m "not gpu")
 

@@ -10,6 +10,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 sys.path.insert(0, str(REPOSITORY))  # so that `tests.support` can be imported
@@ -33,3 +35,12 @@ os.environ.setdefault(
         / f"torch-extensions-py{platform.python_version()}-torch{version('torch')}-deepspeed{DEEPSPEED}"
     ),
 )
+
+
+LONG = {"slow", "launch", "cluster"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests first: pytest-xdist would begin a file of one long test last, and wait for it alone."""
+    long = {item.path for item in items if LONG & {mark.name for mark in item.iter_markers()}}
+    items.sort(key=lambda item: item.path not in long)
