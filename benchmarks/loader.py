@@ -112,8 +112,8 @@ def measure_memmap(store: SourceStore) -> float:
     tokens_of = [np.memmap(store.folder / f"shard-{shard:06d}.tokens", np.uint16, "r") for shard in range(NUM_SHARDS)]
     tokens = 0
     processor = time.process_time()
-    for pack in packs:
-        row = np.concatenate([tokens_of[shard][first : first + length] for shard, first, length in pack])
+    for spans in packs:
+        row = np.concatenate([tokens_of[shard][first : first + length] for shard, first, length in spans])
         tokens += len(row)
     return round(tokens / (time.process_time() - processor))
 

@@ -59,7 +59,7 @@ def sides(percent_masked: int) -> dict[str, Callable[[], None]]:
     def with_backward(loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
         def call() -> None:
             hidden.grad = weight.grad = None
-            loss().backward()
+            torch.autograd.backward(loss())
 
         return call
 

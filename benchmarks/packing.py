@@ -101,7 +101,7 @@ def measure_whole_list(lengths: npt.NDArray[np.int32], pack_tokens: int) -> dict
     }
 
 
-def measure_trl(lengths: npt.NDArray[np.int32], pack_tokens: int) -> dict[str, float] | str:
+def measure_trl(lengths: npt.NDArray[np.int32], pack_tokens: int) -> dict[str, float | str] | str:
     """TRL's best-fit-decreasing packer over the same lengths, whole list in one batch.
 
     It moves the token ids too, which are zeros here.

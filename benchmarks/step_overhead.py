@@ -130,12 +130,12 @@ def make_inputs(folder: Path) -> None:
 def make_run(folder: Path, groups: dist.Groups, device_type: dist.DeviceType) -> tuple[Run, TrainState, Feed]:
     """The run as ``dsft train`` builds it, but for evaluation, checkpoints and the console."""
     config = make_config(folder, device_type, groups.size)
-    tokenizer = setup.open_tokenizer(config)
-    data = setup.open_data(config, tokenizer, worker=groups.rank, num_workers=groups.size)
+    tokenizer, stop = setup.open_tokenizer(config), StopFlag()
+    data = setup.open_data(config, tokenizer, stop, worker=groups.rank, num_workers=groups.size)
     deepspeed_config = build_deepspeed_config(config, groups.size, device_type)
     engine, hf_config = setup.build_engine(config, data, groups, None, deepspeed_config, device_type)
     owned = take_run_folder(folder / "run", groups)
-    rank = Rank(groups, device_type, deepspeed_config, owned, StopFlag(), Progress(), Phases())
+    rank = Rank(groups, device_type, deepspeed_config, owned, stop, Progress(), Phases())
     run, state = build_run(config, Options(), data, rank, engine, hf_config, model_cost(hf_config))
     feed = Feed(run.loader, state.cursor)
     nothing: Any = Nothing()

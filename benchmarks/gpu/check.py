@@ -200,7 +200,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu-check: torch finds no CUDA device here (torch.cuda.is_available() is False): nothing was checked.")
         return 1
-    deadline, done = Deadline(), []
+    deadline, done = Deadline(), list[Step]()
     about = environment()
     for name, body in STEPS.items():
         step, began = Step(name), time.monotonic()
