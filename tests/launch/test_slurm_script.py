@@ -142,3 +142,14 @@ def test_without_sbatch_the_script_is_kept_and_the_error_says_so(
     assert run(["slurm", config, "--nodes", "1", "--time", "1:00:00", "--out", "job.sbatch", "--submit"]) == 2
     assert "job.sbatch was written but not submitted" in capsys.readouterr().err
     assert (tmp_path / "job.sbatch").exists()
+
+
+def test_a_job_that_waits_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages as jobs: a job array that prepares the data, then a run, then one that goes on from it."""
+    monkeypatch.chdir(tmp_path)
+    config = str(REPOSITORY / "examples/sft.yaml")
+    words = ["slurm", config, "--nodes", "1", "--time", "1:00:00", "--out", "job.sbatch"]
+    assert run([*words, "--after", "4711"]) == 0
+    assert "#SBATCH --dependency=afterok:4711\n" in Path("job.sbatch").read_text()
+    assert run(words) == 0
+    assert "--dependency" not in Path("job.sbatch").read_text()
