@@ -8,6 +8,8 @@
   from a dropped page cache, into a fresh engine.
 - ``read_ratio``: bytes read by all ranks in that load / 12 bytes a parameter.
 - ``slowdown_ratio``: 20 steps with one save among them, committed at their end / 20 steps without.
+- ``local_stall_ratio``, ``local_final_save_ratio``: a save onto a disk of each host with a copy on the next host
+  (``checkpoint.local_dir``; here two folders of one disk) / dsft's own save into one folder, as above.
 - ``extra_memory_mib``: growth of a rank's resident memory during a save, at its peak (the larger rank), of which
   ``snapshot_mib`` is memory that is kept for the next save (``checkpoint.snapshot_bytes``: at most so much).
 
@@ -98,13 +100,8 @@ def drop_page_cache(folder: Path) -> None:
 class Saves:
     """dsft's saves, as ``dsft.train.saving`` makes them; each counts for how long it held up training."""
 
-    def __init__(self, engine: Any, groups: Any, folder: Path) -> None:
-        from dsft.checkpoint.snapshot import SnapshotMemory
-        from dsft.config.models import CheckpointSection
-
-        self.engine, self.groups, self.folder = engine, groups, folder
-        self.limit_bytes = CheckpointSection().snapshot_bytes
-        self.memory = SnapshotMemory(self.limit_bytes)
+    def __init__(self, engine: Any, groups: Any, folder: Path, memory: Any, disk: Any = None) -> None:
+        self.engine, self.groups, self.folder, self.memory, self.disk = engine, groups, folder, memory, disk
         self.stall_seconds = 0.0
         self.num_saves = 0
         self.snapshot: Any = None
@@ -128,6 +125,7 @@ class Saves:
             payload_bytes=self.snapshot.num_bytes,
             state={},
             keep=Keep(last=1),
+            disk=self.disk,
         )
         self.stall_seconds = time.perf_counter() - started
 
@@ -159,17 +157,28 @@ class Saves:
 
 def measure_saves(groups: Any, folder: Path, num_layers: int) -> dict[str, Any]:
     """Both kinds of save in turn, and what one save does to 20 steps. Leaves one checkpoint of each kind."""
+    from dsft.checkpoint.local_disk import open_local_disk
+    from dsft.checkpoint.snapshot import SnapshotMemory
+    from dsft.config.models import CheckpointSection
     from dsft.dist import without_prints
 
     engine = make_engine(num_layers)
     train(engine, 2)
-    saves = Saves(engine, groups, folder / "dsft")
+    limit_bytes = CheckpointSection().snapshot_bytes
+    memory = SnapshotMemory(limit_bytes)
+    saves = Saves(engine, groups, folder / "dsft", memory)
+    host = folder / f"host-{groups.rank}"
+    (host / "disk").mkdir(parents=True)
+    os.chdir(host)  # the same path leads each rank to a disk of its own
+    disk = open_local_disk("/proc/self/cwd/disk", folder / "local", "benchmark", groups)
+    local_saves = Saves(engine, groups, folder / "local", memory, disk)
 
     def save_theirs() -> None:
         with without_prints():
             engine.save_checkpoint(str(folder / "deepspeed"), tag="same", save_latest=False)
 
     stalls, finals, theirs, growth_bytes = [], [], [], 0
+    local_stalls, local_finals = [], []
     for _ in range(NUM_SAVES):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before_bytes = memory_bytes("VmRSS")
@@ -180,6 +189,11 @@ def measure_saves(groups: Any, folder: Path, num_layers: int) -> dict[str, Any]:
         growth_bytes = max(growth_bytes, memory_bytes("VmHWM") - before_bytes)
         theirs.append(seconds_of(groups, save_theirs))
         finals.append(seconds_of(groups, saves.save))
+        local_saves.begin()
+        local_saves.train(NUM_STEPS // 2)
+        local_stalls.append(max(groups.all_gather_object(local_saves.stall_seconds)))
+        local_saves.finish()
+        local_finals.append(seconds_of(groups, local_saves.save))
     plain_seconds = seconds_of(groups, lambda: train(engine, NUM_STEPS))
 
     def train_and_save() -> None:
@@ -193,7 +207,7 @@ def measure_saves(groups: Any, folder: Path, num_layers: int) -> dict[str, Any]:
     save_theirs()  # of the same step, for the loads
     if groups.rank == 0:
         drop_page_cache(folder)
-    kept_bytes = len(saves.memory.take(0, pinned=False))
+    kept_bytes = len(memory.take(0, pinned=False))
     return {
         "num_parameters": sum(parameter.ds_numel for parameter in engine.module.parameters()),
         "step_seconds": plain_seconds / NUM_STEPS,
@@ -204,7 +218,9 @@ def measure_saves(groups: Any, folder: Path, num_layers: int) -> dict[str, Any]:
         "slowdown_ratio": with_save_seconds / plain_seconds,
         "extra_memory_mib": max(groups.all_gather_object(growth_bytes)) / 2**20,
         "snapshot_mib": kept_bytes / 2**20,
-        "snapshot_limit_mib": saves.limit_bytes / 2**20,
+        "snapshot_limit_mib": limit_bytes / 2**20,
+        "local_stall_seconds": statistics.median(local_stalls),
+        "local_final_save_seconds": statistics.median(local_finals),
     }
 
 
@@ -288,12 +304,14 @@ def main() -> None:
         return
     num_layers = FULL_NUM_LAYERS if arguments.full else NUM_LAYERS
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        folder = Path(name)
+        folder = Path(name).absolute()
         found = run_phase("saves", 2, folder, num_layers)
         found |= run_phase("load", RESHAPED_RANKS, folder, num_layers)
         found |= run_phase("deepspeed_load", 2, folder, num_layers)
     found["stall_ratio"] = found["stall_seconds"] / found["deepspeed_save_seconds"]
     found["final_save_ratio"] = found["final_save_seconds"] / found["deepspeed_save_seconds"]
+    found["local_stall_ratio"] = found["local_stall_seconds"] / found["stall_seconds"]
+    found["local_final_save_ratio"] = found["local_final_save_seconds"] / found["final_save_seconds"]
     found["load_ratio"] = found["load_seconds"] / found["deepspeed_load_seconds"]
     found["read_ratio"] = found["bytes_read"] / (12 * found["num_parameters"])
     print(json.dumps({key: round(value, 4) for key, value in found.items()}))

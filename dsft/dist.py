@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 import dsft.errors
+from dsft.address import choose_interface, with_address
 from dsft.errors import DsftError, LaunchError, RankLostError, TrainingError
 from dsft.world import World, check_world_size, discover_world
 
@@ -154,6 +155,10 @@ class Groups:
             error = caught
         self.agree(error)
 
+    def channel(self) -> Channel:
+        """A way for one thread of each rank to send to others while all this goes on."""
+        return Channel(_new_group())
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.post(np.zeros(1, dtype=np.int64)).wait()
@@ -176,6 +181,39 @@ class Groups:
             raise _rank_lost(error) from error
         assert work is not None
         return PendingControl(work, parts)
+
+
+class Channel:
+    """A gloo group beside the control group, so that what a thread sends cannot meet another thread's messages.
+
+    Not collective: a rank sends when the rank it names receives. One thread of a rank uses it at a time.
+    """
+
+    def __init__(self, group: torch.distributed.ProcessGroup) -> None:
+        self._group = group
+
+    def exchange(
+        self, sent: tuple[int, npt.NDArray[np.uint8]] | None, received: tuple[int, npt.NDArray[np.uint8]] | None
+    ) -> None:
+        """Send to one rank and receive from one, both at once (rank and uint8[n], n alike on both sides; or None).
+
+        Raises:
+            RankLostError: one of them is gone.
+        """
+        import torch
+        import torch.distributed as torch_dist
+
+        try:
+            works = [
+                start(torch.from_numpy(message[1]), message[0], group=self._group)
+                for start, message in ((torch_dist.isend, sent), (torch_dist.irecv, received))
+                if message is not None
+            ]
+        except RuntimeError as error:
+            raise _rank_lost(error) from error
+        for work in works:
+            assert work is not None
+            _wait(work)
 
 
 @contextmanager
@@ -277,9 +315,15 @@ def control_group(world: World, device: torch.device) -> Groups:
             f"the process group says rank {actual[0]} of {actual[1]}, the launcher said rank {world.rank} of "
             f"{world.size}. Start the run through one launcher only."
         )
-    control = torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    assert control is not None
-    return Groups(world, device, control)
+    return Groups(world, device, _new_group())
+
+
+def _new_group() -> torch.distributed.ProcessGroup:
+    import torch.distributed as torch_dist
+
+    group: torch.distributed.ProcessGroup | None = torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    assert group is not None
+    return group
 
 
 def export_world(world: World, device_type: DeviceType) -> None:
@@ -304,78 +348,6 @@ def export_world(world: World, device_type: DeviceType) -> None:
         MASTER_ADDR=world.master_addr,
         MASTER_PORT=str(world.master_port),
     )
-
-
-def choose_interface(world: World) -> None:
-    """Let gloo use the interface by which this host reaches rank 0, unless the user named one. Not collective.
-
-    By itself it takes the one of the host's own name, which /etc/hosts of many systems says is 127.0.1.1.
-    """
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return
-    import psutil
-
-    try:
-        family, kind, _, _, target = socket.getaddrinfo(world.master_addr, world.master_port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(target)  # sends nothing
-            own = probe.getsockname()[0]
-    except OSError:
-        return  # joining the others will say it better
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address == own for address in addresses) and name != "lo":
-            os.environ["GLOO_SOCKET_IFNAME"] = name
-
-
-def with_address(world: World) -> World:
-    """Fill in the address of rank 0 where the launcher gave none. Collective over MPI under ``mpirun`` alone."""
-    if world.master_addr is not None and world.master_port is not None:
-        return world
-    if world.launcher == "alone":
-        return replace(world, master_addr="127.0.0.1", master_port=_free_port())
-    try:
-        mpi = importlib.import_module("mpi4py.MPI")
-    except (ImportError, RuntimeError) as error:
-        raise LaunchError(
-            f"mpirun gave no address of rank 0 and mpi4py cannot ask for it ({error}). Pass both to every rank: "
-            "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<free port> ... (MPICH: -genv NAME VALUE)."
-        ) from error
-    communicator = mpi.COMM_WORLD
-    found = (communicator.Get_rank(), communicator.Get_size())
-    if found != (world.rank, world.size):
-        raise LaunchError(
-            f"mpirun's variables say rank {world.rank} of {world.size}, but mpi4py says rank {found[0]} of {found[1]}: "
-            "mpi4py was made for another MPI than this mpirun. Pass MASTER_ADDR and MASTER_PORT to every rank instead."
-        )
-    address, port = communicator.bcast(
-        (_own_address(all_local=world.local_size == world.size), _free_port()) if world.rank == 0 else None
-    )
-    # MPI was needed for this one message. Left open, a rank that fails later would wait for the others at its exit.
-    mpi.Finalize()
-    return replace(world, master_addr=address, master_port=port)
-
-
-def _own_address(*, all_local: bool) -> str:
-    """An address of this host that the other hosts can reach."""
-    if all_local:
-        return "127.0.0.1"
-    import psutil
-
-    wanted = (os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME") or "").split(",")[0]
-    up = psutil.net_if_stats()
-    for name, addresses in psutil.net_if_addrs().items():
-        if (wanted and name != wanted) or not up[name].isup:
-            continue
-        for address in addresses:
-            if address.family == socket.AF_INET and not address.address.startswith("127."):
-                return str(address.address)
-    return socket.gethostname()
-
-
-def _free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _cuda_index(world: World) -> int:

@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dsft.checkpoint.local_disk import LocalDisk
 from dsft.checkpoint.manifest import (
     MANIFEST_NAME,
     STATE_NAME,
@@ -28,6 +30,7 @@ from dsft.checkpoint.manifest import (
     WrittenFile,
     checkpoint_name,
     manifest_to_json,
+    written_file,
 )
 from dsft.checkpoint.retention import Keep, remove, retain, sweep
 from dsft.dist import Groups
@@ -58,6 +61,7 @@ def begin(
     payload_bytes: int,
     state: dict[str, Any],
     keep: Keep,
+    disk: LocalDisk | None = None,
 ) -> PendingSave:
     """Begin to save checkpoint ``step`` in ``folder``, and remove what ``keep`` does not name. Collective.
 
@@ -69,6 +73,7 @@ def begin(
         payload_bytes: what this rank will write; compared with the free space before anything is written.
         state: plain JSON, the same on every rank (rank 0's is written).
         keep: which checkpoints stay.
+        disk: where the shards go instead, with a copy on the next host; None: into the checkpoint's folder.
 
     Raises:
         SaveError: on every rank alike, naming the first rank that failed. Older checkpoints are untouched.
@@ -81,10 +86,14 @@ def begin(
         except OSError as failure:
             error = save_error(staging, failure)
     groups.agree(error)
-    pending = PendingSave(groups, folder, staging, Manifest(step, attempt, groups.size, ()), state, keep)
+    pending = PendingSave(groups, folder, staging, Manifest(step, attempt, groups.size, ()), state, keep, disk)
     with pending.removed_on_failure():
         groups.agree(_check_staging(staging))
-        _check_space(groups, staging, payload_bytes)
+        if disk is not None:
+            disk.sweep(folder)
+        _check_space(groups, folder, payload_bytes, disk)
+        if disk is not None:
+            disk.link(staging, step, attempt)
     pending.write(write_payload)
     return pending
 
@@ -92,8 +101,9 @@ def begin(
 class PendingSave:
     """A checkpoint on its way. A thread on each rank writes, then one on rank 0 publishes; nobody waits for them.
 
-    The threads make no collective calls: what they did is agreed in :meth:`advance`, which every rank calls at the same
-    place of its program.
+    With disks of the hosts, a thread on each rank copies in between, once all ranks know that all have written, and
+    what. The threads make no collective calls, and what they send has a channel of its own: what they did is agreed in
+    :meth:`advance`, which every rank calls at the same place of its program.
 
     Attributes:
         step: optimizer steps done.
@@ -101,7 +111,14 @@ class PendingSave:
     """
 
     def __init__(
-        self, groups: Groups, folder: Path, staging: Path, manifest: Manifest, state: dict[str, Any], keep: Keep
+        self,
+        groups: Groups,
+        folder: Path,
+        staging: Path,
+        manifest: Manifest,
+        state: dict[str, Any],
+        keep: Keep,
+        disk: LocalDisk | None,
     ) -> None:
         """Args: as of :func:`begin`; ``manifest``: without files yet."""
         self.step = manifest.step
@@ -112,6 +129,7 @@ class PendingSave:
         self._manifest = manifest
         self._state = state
         self._keep = keep
+        self._disk = disk
         self._work: Future[Sequence[WrittenFile]] = Future()
         self._is_publishing = False
 
@@ -147,11 +165,22 @@ class PendingSave:
             self._groups.agree(error)
         if self._is_publishing:
             return True
-        files = self._groups.all_gather_object([asdict(file) for file in self._work.result()])
-        manifest = replace(self._manifest, files=tuple(tuple(WrittenFile(**f) for f in fs) for fs in files))
+        if not self._manifest.files:
+            self._manifest = replace(self._manifest, files=self._all_files())
+            if self._disk is not None:
+                self._start(partial(self._disk.copy, self._manifest))
+                return False
         self._is_publishing = True
-        self._start((lambda: self._publish(manifest)) if self._groups.rank == 0 else tuple)
+        self._start(self._publish if self._groups.rank == 0 else tuple)
         return False
+
+    def _all_files(self) -> tuple[tuple[WrittenFile, ...], ...]:
+        """Of each rank, what it has written. Collective."""
+        gathered = self._groups.all_gather_object([asdict(file) for file in self._work.result()])
+        files = tuple(tuple(written_file(fields) for fields in of_rank) for of_rank in gathered)
+        if self._disk is None:
+            return files
+        return tuple(self._disk.with_hosts(rank, of_rank) for rank, of_rank in enumerate(files))
 
     def finish(self) -> Path:
         """Wait until the checkpoint is committed. Collective. Raises as :meth:`advance`."""
@@ -189,8 +218,8 @@ class PendingSave:
 
         threading.Thread(target=run, name=f"save of step {self.step}", daemon=True).start()
 
-    def _publish(self, manifest: Manifest) -> Sequence[WrittenFile]:
-        publish(self._staging, self.path, manifest, self._state)
+    def _publish(self) -> Sequence[WrittenFile]:
+        publish(self._staging, self.path, self._manifest, self._state)
         _after_commit(self._folder, self.step, self._keep)
         return ()
 
@@ -214,20 +243,22 @@ def _check_staging(staging: Path) -> SaveError | None:
     return None
 
 
-def _check_space(groups: Groups, staging: Path, payload_bytes: int) -> None:
-    needed_bytes = sum(groups.all_gather_object(payload_bytes))
+def _check_space(groups: Groups, folder: Path, payload_bytes: int, disk: LocalDisk | None) -> None:
+    payloads = groups.all_gather_object(payload_bytes)
+    needed_bytes = sum(payloads) if disk is None else disk.needed_bytes(payloads)
+    where = folder if disk is None else disk.folder
     error: SaveError | None = None
     try:
-        disk = os.statvfs(staging)
-        free_bytes = disk.f_bavail * disk.f_frsize
+        status = os.statvfs(where)
+        free_bytes = status.f_bavail * status.f_frsize
         if free_bytes < needed_bytes:
             error = SaveError(
-                f"cannot save a checkpoint in {staging.parent}: it needs about {needed_bytes:,} bytes and "
+                f"cannot save a checkpoint in {where}: it needs about {needed_bytes:,} bytes and "
                 f"{free_bytes:,} are free; {needed_bytes - free_bytes:,} bytes are missing. Nothing was written and "
                 "older checkpoints are untouched; free some space, or lower checkpoint.keep_last."
             )
     except OSError as failure:
-        error = save_error(staging, failure)
+        error = save_error(where, failure)
     groups.agree(error)
 
 

@@ -26,12 +26,14 @@ class WrittenFile:
         sha256: hex digest, computed by the rank that wrote it, from what it wrote; empty when ``blocks`` is given.
         blocks: name of the file that holds the hash of each block of this one (``fsio.block_hash``); empty for files
             that are only read whole.
+        hosts: names of the hosts on whose disks it lies (``local_disk``); empty for files in the checkpoint's folder.
     """
 
     name: str
     num_bytes: int
     sha256: str
     blocks: str = ""
+    hosts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,11 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     return {**body, "digest": _digest(body)}
 
 
+def written_file(fields: dict[str, Any]) -> WrittenFile:
+    """Back from JSON; a manifest of before there were hosts has none."""
+    return WrittenFile(**{**fields, "hosts": tuple(fields.get("hosts", ()))})
+
+
 def read_manifest(checkpoint: Path) -> Manifest:
     """Read and check a checkpoint's manifest.
 
@@ -90,7 +97,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
                 f"{path} has version {body['version']}, this dsft reads version {CHECKPOINT_VERSION}. Use the dsft "
                 "that wrote it (state.json in the same folder names it)."
             )
-        files = tuple(tuple(WrittenFile(**file) for file in files) for files in body["files"])
+        files = tuple(tuple(written_file(file) for file in files) for files in body["files"])
         manifest = Manifest(body["step"], body["attempt"], body["world_size"], files)
     except OSError as error:
         raise DamagedCheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -56,10 +57,19 @@ class OpenCheckpoint:
         """A large file, to read in parts. Raises DamagedCheckpointError as :meth:`read` does."""
         file = self._listed(name)
         path = self.folder / name
+        if path.is_symlink() and not path.exists():
+            raise self._elsewhere()
         hashes = self.read(file.blocks)
         if len(hashes) != -(-file.num_bytes // BLOCK_BYTES) * HASH_BYTES:
             raise DamagedCheckpointError(f"{self.folder / file.blocks} does not belong to {path}: wrong length.")
         return BlockReader(path, file.num_bytes, hashes)
+
+    def is_here(self, name: str) -> bool:
+        """Whether this host has a file, of the right length; a shard may lie on the disks of other hosts."""
+        try:
+            return (self.folder / name).stat().st_size == self._listed(name).num_bytes
+        except OSError:
+            return False
 
     def check_file(self, file: WrittenFile) -> None:
         """Read a whole file to check it. Raises DamagedCheckpointError as :meth:`read` does."""
@@ -69,6 +79,19 @@ class OpenCheckpoint:
         with self.open_blocks(file.name) as reader:
             for _ in reader.pieces(0, file.num_bytes):
                 pass
+
+    def elsewhere(self) -> list[WrittenFile]:
+        """Shards that lie on the disks of other hosts and not on this one's."""
+        return [file for name, file in self.files.items() if file.hosts and not (self.folder / name).exists()]
+
+    def _elsewhere(self) -> DamagedCheckpointError:
+        files = self.elsewhere()
+        hosts = ", ".join(sorted({" or ".join(file.hosts) for file in files}))
+        return DamagedCheckpointError(
+            f"{self.folder}: {len(files)} of its shards are not on this host ({socket.gethostname()}) but on the disks "
+            f"of others ({hosts}): {', '.join(file.name for file in files[:3])}{', ...' if len(files) > 3 else ''}. "
+            f"Run `dsft ckpt gather {self.folder}` on each of these hosts; it copies what the host has into the folder."
+        )
 
     def _listed(self, name: str) -> WrittenFile:
         if name not in self.files:

@@ -7,12 +7,14 @@ before all ranks have agreed that all of it was good.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft.checkpoint.engine_state import EngineState, LocalSlice
 from dsft.checkpoint.layout import Layout, StoredTensor, read_layout
+from dsft.checkpoint.local_disk import LocalDisk
 from dsft.checkpoint.opened import OpenCheckpoint
 from dsft.checkpoint.shard import ShardReader, Wanted, entry_name
 from dsft.dist import Groups
@@ -27,11 +29,14 @@ def check_engine(engine: Any) -> None:
     EngineState(engine)
 
 
-def load_engine(engine: Any, checkpoint: Path, groups: Groups) -> None:
+def load_engine(engine: Any, checkpoint: Path, groups: Groups, disk: LocalDisk | None = None) -> None:
     """Load a checkpoint into an engine: masters, optimizer states and frozen weights, bit by bit. Collective.
 
     Any number of ranks and any of ZeRO's stages 1 to 3, whatever saved it. The hyper-parameters stay the engine's. Each
     block that is read is verified, and so is every other file of the checkpoint, by one of the ranks.
+
+    Args:
+        disk: of this host, where shards that only other hosts have are brought first; None: all are in reach.
 
     Raises:
         DamagedCheckpointError: something is not what was written; on every rank alike. The engine then holds parts of
@@ -43,13 +48,28 @@ def load_engine(engine: Any, checkpoint: Path, groups: Groups) -> None:
         opened = OpenCheckpoint(checkpoint)
         layout = read_layout(opened)
         _check_fit(checkpoint, layout, state)
-        state.prepare_optimizer(layout.step, layout.states)
-        for batch in state.batches():
-            _fill(opened, layout, state, batch)
-        for number, file in enumerate(opened.files.values()):
-            if not file.blocks and number % groups.size == groups.rank:
-                opened.check_file(file)
+        needed = _writers(layout, state)
+
+    def read(checked: Collection[int]) -> None:
+        with groups.together():
+            state.prepare_optimizer(layout.step, layout.states)
+            for batch in state.batches():
+                _fill(opened, layout, state, batch, checked)
+            for number, file in enumerate(opened.files.values()):
+                if not file.blocks and number % groups.size == groups.rank:
+                    opened.check_file(file)
+
+    if disk is None:
+        read(range(groups.rank, layout.num_ranks, groups.size))
+    else:
+        disk.load(opened, needed, read)
     state.use_masters(layout.counters)
+
+
+def _writers(layout: Layout, state: EngineState) -> set[int]:
+    """The ranks whose shards hold something that this rank needs."""
+    saved = {tensor.name: tensor for tensor in layout.tensors}
+    return {w for one in state.slices_to_fill() for w in saved[one.tensor.name].writers_of(one.start, one.stop)}
 
 
 def _check_fit(checkpoint: Path, layout: Layout, state: EngineState) -> None:
@@ -77,16 +97,22 @@ def _described(identity: tuple[Any, ...] | None) -> str:
     return f"{kind}, shape {shape}" + (f", {dtype}" if dtype else "")
 
 
-def _fill(opened: OpenCheckpoint, layout: Layout, state: EngineState, batch: frozenset[int | None]) -> None:
+def _fill(
+    opened: OpenCheckpoint,
+    layout: Layout,
+    state: EngineState,
+    batch: frozenset[int | None],
+    checked: Collection[int],
+) -> None:
     """Read this rank's part of the flat tensors in ``batch``; None stands for what is not trained.
 
-    With what is not trained, the headers of this rank's share of all shards are read too: of a small model, some shards
-    hold nothing that any rank needs, and must still be whole.
+    With what is not trained, the headers of this rank's share of all shards (``checked``) are read too: of a small
+    model, some shards hold nothing that any rank needs, and must still be whole.
     """
     saved = {tensor.name: tensor for tensor in layout.tensors}
     wanted: dict[int, list[Wanted]] = defaultdict(list)
     if None in batch:
-        wanted.update({writer: [] for writer in range(state.rank, layout.num_ranks, state.num_ranks)})
+        wanted.update({writer: [] for writer in checked})
     with ExitStack() as stack:
         for flat in batch:
             stack.enter_context(state.resident(flat, changed=True))

@@ -68,7 +68,8 @@ def write_shard(folder: Path, rank: int, entries: Sequence[Entry], contents: Ite
         OSError: the file system failed.
     """
     (folder / shard_name(rank)).parent.mkdir(exist_ok=True)
-    with BlockHashedFile(folder / shard_name(rank)) as file:
+    path = (folder / shard_name(rank)).resolve()  # it may lie on a disk of this host
+    with BlockHashedFile(path) as file:
         header = _header(entries)
         file.write(header)
         for part in contents:

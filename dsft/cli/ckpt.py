@@ -1,4 +1,4 @@
-"""``dsft ckpt``: look at checkpoints, check them, compare them, import DeepSpeed's."""
+"""``dsft ckpt``: look at checkpoints, check them, compare them, gather them, import DeepSpeed's."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def ls(run: Path) -> None:
         size = sum(file.num_bytes for file in opened.files.values())
         position = "imported" if train is None else f"{train['tokens_trained']:,} tokens trained"
         ranks = opened.manifest.world_size
-        click.echo(f"{checkpoint.name}  {size / 1e9:9.3f} GB  {ranks:4} ranks  {position}")
+        others = len(opened.elsewhere())
+        where = f"  {others} of {ranks} shards on disks of other hosts, not here" if others else ""
+        click.echo(f"{checkpoint.name}  {size / 1e9:9.3f} GB  {ranks:4} ranks  {position}{where}")
 
 
 @command.command()
@@ -55,6 +57,24 @@ def verify(checkpoint: Path) -> None:
     if damage is not None:
         raise damage
     click.echo(f"{source}: whole, every block is what was written")
+
+
+@command.command()
+@click.argument("checkpoint", type=_FOLDER)
+def gather(checkpoint: Path) -> None:
+    """Copy the shards of CHECKPOINT that lie on this host's disk into its folder (checkpoint.local_dir).
+
+    Once every host has done so, or as many as have all shards between them, any host can verify and export it.
+    """
+    from dsft.checkpoint.gather import gather as gather_shards
+    from dsft.export.resolve import checkpoint_of
+
+    source = checkpoint_of(checkpoint)
+    num_copied, opened = gather_shards(source)
+    missing = opened.elsewhere()
+    click.echo(f"{source}: {num_copied} shards copied from this host's disk, {len(missing)} still missing")
+    for file in missing:
+        click.echo(f"  {file.name}: on {' and '.join(file.hosts)}")
 
 
 @command.command()

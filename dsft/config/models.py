@@ -258,6 +258,9 @@ class CheckpointSection(Section):
     keep_best: str | None = None
     """Besides, the checkpoint with the lowest held-out loss of this set of ``evaluate.sets`` stays, among those of
     steps at which it was measured."""
+    local_dir: FolderPath | None = None
+    """Folder on a disk of each host, under the same path on all: shards are written there, each with a copy on the next
+    host, and only what is small goes to the run folder. Default: all goes to the run folder."""
     max_failed_saves: Annotated[int, Field(ge=1)] = 3
     """Saves in a row that may fail (disk full, folder gone) before the run ends; training goes on until then."""
     snapshot_bytes: Count = 1_000_000_000

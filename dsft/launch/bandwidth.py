@@ -15,7 +15,7 @@ from datetime import timedelta
 from itertools import combinations
 from typing import Any
 
-from dsft.dist import choose_interface
+from dsft.address import choose_interface
 from dsft.launch.checks import Finding
 from dsft.world import World
 

@@ -331,7 +331,7 @@ def _matches(value: str, interfaces: Mapping[str, str]) -> bool:
 
 
 def _chosen(report: dict[str, Any], environ: Mapping[str, str], known: set[str | None]) -> str:
-    """What :func:`dsft.dist.choose_interface` will take; ``known`` are addresses of the host of rank 0."""
+    """What :func:`dsft.address.choose_interface` will take; ``known`` are addresses of the host of rank 0."""
     if "GLOO_SOCKET_IFNAME" in environ:
         return environ["GLOO_SOCKET_IFNAME"]
     own = {report["first"]["own"], *known}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft.checkpoint.discover import load_state, newest
+from dsft.checkpoint.manifest import step_of
 from dsft.checkpoint.payload import check_engine, load_engine
 from dsft.checkpoint.retention import set_aside_after
 from dsft.checkpoint.verify import newest_usable
@@ -35,6 +36,18 @@ def _refuse_to_mix(checkpoints: Path, groups: Groups) -> None:
             f"{checkpoints} already holds {name}. Give --resume auto to go on from it, or another run.dir for a fresh "
             "start."
         )
+
+
+def with_any(resume: str | None, checkpoints: Path, groups: Groups) -> str | None:
+    """``if-any`` is ``auto`` where the run has a checkpoint, whole or not, else a fresh start. Collective."""
+    if resume != "if-any":
+        return resume
+    has_any = False
+    with groups.together():
+        if groups.rank == 0:
+            has_any = checkpoints.is_dir() and any(step_of(path) is not None for path in checkpoints.iterdir())
+    answer: str | None = groups.broadcast_object("auto" if has_any else None)
+    return answer
 
 
 def check_state(saved: dict[str, Any], identity: dict[str, Any], *, allow_data_change: bool) -> list[str]:
@@ -111,7 +124,7 @@ def restore(
                 state = state_from_json(saved["train"])
                 if not allow_lr_jump:
                     schedule.check_no_jump(Position(state.step, state.tokens_trained), state.lr_share)
-        load_engine(engine, checkpoint, groups)
+        load_engine(engine, checkpoint, groups, saver.disk)
         return checkpoint, saved, changes, state
 
     loaded = newest_usable(saver.folder, groups, load) if resume == "auto" else load(Path(resume))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsft.checkpoint.commit import PendingSave, begin
+from dsft.checkpoint.local_disk import LocalDisk
 from dsft.checkpoint.manifest import WrittenFile
 from dsft.checkpoint.retention import HELD_OUT_KEY, Keep
 from dsft.checkpoint.snapshot import Snapshot, SnapshotMemory
@@ -38,6 +39,7 @@ class Saver:
     Args:
         section: how often, and how many are kept.
         folder: ``<run>/checkpoints``.
+        disk: of this host, for the shards (``checkpoint.local_dir``).
         model_folder: ``<run>/model``: config, tokenizer and chat template, copied into each checkpoint so that it
             can be exported without the run.
         attempt: id of this start of the run.
@@ -46,7 +48,7 @@ class Saver:
         progress: of this rank: it is in phase ``save`` while it waits for its writer, and not hung.
 
     Attributes:
-        folder, identity: as given.
+        folder, disk, identity: as given.
         saved_step: step of the last checkpoint of this start, or of the one it went on from.
     """
 
@@ -54,6 +56,7 @@ class Saver:
         self,
         section: CheckpointSection,
         folder: Path,
+        disk: LocalDisk | None,
         model_folder: Path,
         attempt: str,
         identity: dict[str, Any],
@@ -61,6 +64,7 @@ class Saver:
         progress: Progress,
     ) -> None:
         self.folder = folder
+        self.disk = disk
         self.identity = identity
         self.saved_step: int | None = None
         self._section = section
@@ -181,6 +185,7 @@ class Saver:
                     "train": state.to_json(),
                     HELD_OUT_KEY: run.evaluation.losses_at(state.step),
                 },
+                disk=self.disk,
                 keep=Keep(self._section.keep_last, self._section.keep_every_steps, self._section.keep_best),
             )
             self._num_tasks += 1

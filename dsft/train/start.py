@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft import dist
-from dsft.checkpoint.manifest import step_of
+from dsft.checkpoint.local_disk import open_local_disk
 from dsft.config.deepspeed import build_deepspeed_config
 from dsft.config.load import config_differences, config_to_json
 from dsft.config.models import RunConfig
@@ -45,7 +45,7 @@ from dsft.train.dry_run import describe, dry_run, try_sinks
 from dsft.train.evaluation import EvaluationPlan
 from dsft.train.loop import Run, train
 from dsft.train.profiling import Profiler
-from dsft.train.resume import restore
+from dsft.train.resume import restore, with_any
 from dsft.train.saving import Saver, versions
 from dsft.train.schedule import build_schedule
 from dsft.train.state import TrainState
@@ -319,8 +319,10 @@ def build_run(
         log_dir = folder.path if is_main else None
         step_log = StepLog(groups, names, throughput, log_dir, folder.attempt, engine.device)
     checkpoints, model_folder = folder.path / "checkpoints", folder.path / "model"
-    saver = Saver(config.checkpoint, checkpoints, model_folder, folder.attempt, identity, step_log, rank.progress)
-    resume = _with_any(options.resume, saver.folder, groups)
+    section = config.checkpoint
+    disk = open_local_disk(section.local_dir, checkpoints, folder.attempt, groups)
+    saver = Saver(section, checkpoints, disk, model_folder, folder.attempt, identity, step_log, rank.progress)
+    resume = with_any(options.resume, saver.folder, groups)
     state, origin = restore(
         resume,
         saver,
@@ -364,18 +366,6 @@ def build_run(
         max_skipped_steps=config.train.max_skipped_steps,
     )
     return run, state
-
-
-def _with_any(resume: str | None, checkpoints: Path, groups: dist.Groups) -> str | None:
-    """``if-any`` is ``auto`` where the run has a checkpoint, whole or not, and a fresh start where it has none."""
-    if resume != "if-any":
-        return resume
-    has_any = False
-    with groups.together():
-        if groups.rank == 0:
-            has_any = checkpoints.is_dir() and any(step_of(path) is not None for path in checkpoints.iterdir())
-    answer: str | None = groups.broadcast_object("auto" if has_any else None)
-    return answer
 
 
 def _evaluation(config: RunConfig, data: setup.Data, overfit: dict[str, Any]) -> EvaluationPlan:

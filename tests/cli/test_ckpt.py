@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ import pytest
 from click.testing import CliRunner
 
 from dsft.checkpoint.commit import save
+from dsft.checkpoint.layout import shard_name
+from dsft.checkpoint.manifest import MANIFEST_NAME, manifest_to_json, read_manifest
 from dsft.checkpoint.retention import Keep
 from dsft.cli.ckpt import command
 from dsft.dist import Groups
 from dsft.errors import CheckpointError
+from dsft.fsio import write_json
 from tests.support.checkpoints import save_engine
+from tests.support.hosts import LOCAL_DIR, playing_host
 from tests.support.ranks import run_ranks
 from tests.support.toy_engine import SETTINGS, make_engine, train
 
@@ -85,3 +90,27 @@ def test_diff(run: Path) -> None:
     assert "step: 1 -> 2" in found
     assert "first.weight: largest difference" in found
     assert "frozen.weight" not in found
+
+
+def test_shards_on_disks_of_hosts_are_named_and_gathered(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    manifest = read_manifest(checkpoint)
+    files = []
+    for rank, host in enumerate("ab"):
+        place = tmp_path / f"host-{host}" / "disk"
+        place.mkdir(parents=True)
+        shutil.move(checkpoint / shard_name(rank), place)
+        (checkpoint / shard_name(rank)).symlink_to(Path(LOCAL_DIR) / Path(shard_name(rank)).name)
+        files.append(tuple(replace(f, hosts=(host,) if f.blocks else ()) for f in manifest.files[rank]))
+    write_json(checkpoint / MANIFEST_NAME, manifest_to_json(replace(manifest, files=tuple(files))))
+    with playing_host(tmp_path, "a"):
+        assert "1 of 2 shards on disks of other hosts, not here" in ckpt("ls", tmp_path / "run")
+        with pytest.raises(CheckpointError, match=r"1 of its shards are not on this host \(a\).* \(b\).* ckpt gather"):
+            ckpt("verify", tmp_path / "run")
+        text = ckpt("gather", tmp_path / "run")
+        assert "1 shards copied from this host's disk, 1 still missing\n  shards/rank-00001.safetensors: on b" in text
+    with playing_host(tmp_path, "b"):
+        assert "1 shards copied from this host's disk, 0 still missing" in ckpt("gather", tmp_path / "run")
+    assert "whole" in ckpt("verify", tmp_path / "run")
+    assert "not here" not in ckpt("ls", tmp_path / "run")

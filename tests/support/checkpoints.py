@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsft.checkpoint.commit import save
+from dsft.checkpoint.local_disk import LocalDisk
 from dsft.checkpoint.manifest import WrittenFile
 from dsft.checkpoint.retention import Keep
 from dsft.checkpoint.snapshot import Snapshot, SnapshotMemory
@@ -18,7 +19,7 @@ def save_engine(engine: Any, staging: Path) -> Sequence[WrittenFile]:
     return Snapshot(engine, SnapshotMemory(0)).write(staging)
 
 
-def save_step(engine: Any, folder: Path, step: int, groups: Groups) -> Path:
+def save_step(engine: Any, folder: Path, step: int, groups: Groups, disk: LocalDisk | None = None) -> Path:
     """Save, and wait for it. Collective."""
     return save(
         folder,
@@ -29,4 +30,5 @@ def save_step(engine: Any, folder: Path, step: int, groups: Groups) -> Path:
         payload_bytes=0,
         state={"step": step},
         keep=Keep(last=9),
+        disk=disk,
     )

@@ -15,6 +15,7 @@ from dsft.dist import Groups
 from dsft.errors import DataError
 from dsft.metrics.recorder import METRICS_NAME
 from dsft.train.loop import train
+from tests.support.hosts import LOCAL_DIR, playing_host
 from tests.support.models import VOCAB, tiny_model
 from tests.support.ranks import run_ranks
 from tests.support.stores import text_document, write_store
@@ -25,20 +26,28 @@ pytestmark = [pytest.mark.launch]
 NUM_STEPS, EVERY_STEPS, LATE_STEPS, PACK_TOKENS = 11, 4, 2, 32
 
 
-def _config(folder: Path, stage: int) -> dict[str, Any]:
+def _config(folder: Path, stage: int, local_dir: str | None = None) -> dict[str, Any]:
     return {
         "model": {"path": str(folder / "model"), "dtype": "fp32"},
         "data": {"pack_tokens": PACK_TOKENS, "sources": [{"name": "text", "path": "-"}]},
         "train": {"steps": NUM_STEPS, "global_batch_packs": 2, "lr": 1e-3},
         "deepspeed": {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}},
-        "checkpoint": {"every_steps": EVERY_STEPS, "keep_last": 9},
+        "checkpoint": {"every_steps": EVERY_STEPS, "keep_last": 9, "local_dir": local_dir},
     }
 
 
 def _train(groups: Groups, folder: Path, run_dir: Path, stage: int, resume: str | None) -> str:
-    """Each writer begins only when ``LATE_STEPS`` more steps have been taken, or the run has come to its end."""
+    """Each writer begins only when ``LATE_STEPS`` more steps have been taken, or the run has come to its end.
+
+    With ZeRO 3 each rank is a host with a disk, and rank 1's is another one for each start.
+    """
     write = Snapshot.write
-    with built_run(groups, run_dir, _config(folder, stage), [folder / "text"], resume=resume) as (run, state, _, _):
+    config = _config(folder, stage, LOCAL_DIR if stage == 3 else None)
+    host = "a" if groups.rank == 0 else run_dir.name
+    with (
+        playing_host(folder, host),
+        built_run(groups, run_dir, config, [folder / "text"], resume=resume) as (run, state, _, _),
+    ):
 
         def late(self: Snapshot, staging: Path) -> Any:
             step = state.step
