@@ -174,7 +174,7 @@ class _Incoming:
                             "there is damaged, or the network is."
                         )
                     ]
-                os.replace(self._temporary, path)
+                self._temporary.rename(path)
                 fsync_folder(path.parent)
         except OSError as error:
             self._error = error
