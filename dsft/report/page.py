@@ -19,12 +19,17 @@ figure{margin:0}svg{width:100%;height:auto}svg text{font-size:13px;fill:currentC
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1rem;padding:0;margin:0;font-size:.9rem}
 svg.key{width:24px;height:8px;margin-right:.4rem}
 .wide{overflow-x:auto}table{border-collapse:collapse}td,th{padding:.25rem .75rem .25rem 0;text-align:left;
-border-bottom:1px solid var(--line);vertical-align:top}.scores td,.scores th{overflow-wrap:normal}
+border-bottom:1px solid var(--line);vertical-align:top}th,.scores td{overflow-wrap:normal}
 td.number{white-space:nowrap;font-variant-numeric:tabular-nums}
 .better{color:#0a7d33}.worse{color:#c62828}@media(prefers-color-scheme:dark){.better{color:#5fd38d}.worse{color:#ff8a80}}
 .sample{border-top:1px solid var(--line);padding:.5rem 0}.sample dl{display:grid;gap:.25rem 1rem;margin:0;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,16rem),1fr))}dt{color:var(--soft);font-size:.9rem}
 dd{margin:0;white-space:pre-wrap}
+@media(max-width:600px){.scores,.scores tbody{display:block}.scores tr:first-child{display:none}
+.scores tr{display:grid;grid-template-columns:1fr 1fr;gap:0 1rem;padding:.4rem 0;border-bottom:1px solid var(--line)}
+.scores td{border:0;padding:0;overflow-wrap:anywhere}.scores td:first-child{font-weight:bold}
+.scores td:nth-child(3){grid-column:1/-1}.scores .number{white-space:normal;font-size:.9rem}
+.scores .number::before{content:"before ";color:var(--soft)}.scores .number:last-child::before{content:"after "}}
 """
 _EXPLANATION = (
     "First against last evaluation. A verdict needs 95 % intervals (bootstrap over documents) that do not overlap. "
