@@ -15,6 +15,9 @@ first; its rules (dsft/advise/rules.py) were committed before any arm was run.
 An advice counts as wrong where another arm answers better (F1) by more than ``MARGIN``. ``--full``: three seeds, two
 corpora more that played no part in writing the rules (the language reference, numpy's sources; one seed each), and
 three altered versions on which the advice should change. Results go to ``--out``; the last line is one JSON object.
+
+With ``--work FOLDER`` data, models and what is measured stay there, and the same command goes on after the last arm
+that was measured when it was interrupted.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,7 @@ import yaml
 from four_arms_corpora import Corpus, General, make_data, write
 
 from dsft.demo.tokenizer import VOCAB_TOKENS, make_tokenizer
+from dsft.fsio import write_json
 
 ARMS = ("nothing", "supervised", "unsupervised", "both")
 METRICS = ("perplexity", "answer_f1", "forgetting", "bias", "device_seconds")
@@ -56,6 +61,22 @@ class Budget:
     answers: int
 
 
+def once(folder: Path, name: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` returns (as JSON holds it), kept in ``folder/done`` with its seconds, and not made again."""
+    file = folder / "done" / f"{name}.json"
+    if not file.exists():
+        started = time.perf_counter()
+        result = make()
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, {"seconds": time.perf_counter() - started, "result": result})
+    return json.loads(file.read_bytes())["result"]
+
+
+def seconds_of(folder: Path) -> float:
+    """Seconds of everything that is done, also in earlier parts of an interrupted run."""
+    return sum(json.loads(file.read_bytes())["seconds"] for file in (folder / "done").iterdir())
+
+
 def dsft(folder: Path, *arguments: str) -> str:
     """Run the command line; its output."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -70,8 +91,9 @@ def dsft(folder: Path, *arguments: str) -> str:
 
 
 def train(folder: Path, name: str, content: dict[str, Any]) -> Path:
-    """Write and train a run; its folder."""
+    """Write and train a run; its folder. What an interrupted one left is removed."""
     run = folder / "runs" / name
+    shutil.rmtree(run, ignore_errors=True)
     content = {"run": {"name": name, "dir": str(run), "seed": content.pop("seed", 17)}, **content}
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -124,6 +146,7 @@ def make_base(folder: Path, general: Path, tokens: int) -> Path:
     }
     data = {"pack_tokens": 512, "sources": [{"name": "general", "path": str(general)}]}
     run = train(folder, "base", {"model": model, "data": data, **common(folder, tokens, BASE_LR)})
+    shutil.rmtree(folder / "model", ignore_errors=True)
     dsft(folder, "export", str(run), str(folder / "model"), "--dtype", "fp32")
     return folder / "model"
 
@@ -131,6 +154,7 @@ def make_base(folder: Path, general: Path, tokens: int) -> Path:
 def advise(folder: Path, base: Path, general: General, corpus: Corpus, name: str, *stated: str) -> dict[str, Any]:
     """What ``dsft advise`` says; its folder also holds the corpus split in two, which the arms are trained on."""
     out = folder / f"advise-{name}"
+    shutil.rmtree(out, ignore_errors=True)
     answers = [] if "--task" in stated else ["--task", "broad"]
     given = ["--text", str(corpus.text), "--pairs", str(corpus.pairs), "--general", str(general.other)]
     other = ["--control", "low", "--sensitivity", "low", "--out", str(out)]
@@ -201,18 +225,25 @@ def measure_base(folder: Path, out: Path, base: Path, budget: Budget) -> dict[st
     }
 
 
+def run_arm(folder: Path, name: str, content: dict[str, Any], general_loss: float) -> dict[str, float]:
+    """Train one arm with one seed; its metrics. Its checkpoints are removed."""
+    run = train(folder, name, content)
+    found = measure(run, general_loss)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return found
+
+
 def run_arms(folder: Path, base: Path, corpus: Corpus, budget: Budget, seeds: Sequence[int]) -> dict[str, Any]:
     """Arm -> metric -> mean and value per seed."""
     out = folder / f"advise-{corpus.name}"
-    nothing = measure_base(folder, out, base, budget)
+    nothing = once(folder, f"{corpus.name}-nothing", partial(measure_base, folder, out, base, budget))
     general_loss = nothing.pop("general_loss")
     values: dict[str, list[dict[str, float]]] = {"nothing": [nothing], **{arm: [] for arm in ARMS[1:]}}
     for seed in seeds:
         for arm in ARMS[1:]:
             name = f"{corpus.name}-{arm}-{seed}"
-            run = train(folder, name, arm_config(folder, out, base, arm, budget, seed))
-            values[arm].append(measure(run, general_loss))
-            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            content = arm_config(folder, out, base, arm, budget, seed)
+            values[arm].append(once(folder, name, partial(run_arm, folder, name, content, general_loss)))
             print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values[arm][-1].items()), flush=True)
     return {arm: {metric: summary([one[metric] for one in found]) for metric in METRICS}
             for arm, found in values.items()}  # fmt: skip
@@ -262,7 +293,9 @@ def altered(folder: Path, base: Path, general: General, corpus: Corpus) -> dict[
     found = {}
     for number, (name, (text, some)) in enumerate(files.items()):
         stated = ("--task", "narrow") if name == "narrow task" else ()
-        advice = advise(folder, base, general, Corpus(name, text, some), f"altered-{number}", *stated)
+        version = Corpus(name, text, some)
+        asking = partial(advise, folder, base, general, version, f"altered-{number}", *stated)
+        advice = once(folder, f"altered-{number}", asking)
         verdict = advice["verdict"]
         found[name] = {
             "recommended": advice["method"],
@@ -294,17 +327,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="three seeds, two corpora more, three altered versions")
     parser.add_argument("--out", type=Path, help="write the result to this file too")
-    parser.add_argument("--work", type=Path, help="keep data and runs in this new folder")
+    parser.add_argument("--work", type=Path, help="keep everything in this folder, and go on with what is there")
     options = parser.parse_args()
-    budget = Budget(150_000, 40_000, (1, 2, 3), 48) if options.full else Budget(60_000, 20_000, (1,), 24)
-    started = time.perf_counter()
-    folder = Path(tempfile.mkdtemp(prefix="dsft-four-arms-")) if options.work is None else options.work
+    budget = Budget(2_000_000, 300_000, (1, 2, 3), 48) if options.full else Budget(60_000, 20_000, (1,), 24)
+    folder = Path(tempfile.mkdtemp(prefix="dsft-four-arms-")) if options.work is None else options.work.resolve()
     general, corpora = make_data(folder / "data")
-    base = make_base(folder, general.base, budget.base_tokens)
+    if once(folder, "budget", lambda: asdict(budget)) != json.loads(json.dumps(asdict(budget))):
+        sys.exit(f"{folder} holds a benchmark of other sizes; give --work another folder")
+    base = Path(once(folder, "base", lambda: str(make_base(folder, general.base, budget.base_tokens))))
     names = ("library", "reference", "numpy") if options.full else ("library",)
     result: dict[str, Any] = {"budget": {**vars(budget), "lr": LR, "margin_f1": MARGIN}, "corpora": {}}
     for name in names:
-        advice = advise(folder, base, general, corpora[name], name)  # before any of its arms
+        asking = partial(advise, folder, base, general, corpora[name], name)
+        advice = once(folder, f"{name}-advice", asking)  # before any of its arms
         print(f"{name}: advice: {advice['method']} ({advice['verdict']['rule']})", flush=True)
         arms = run_arms(folder, base, corpora[name], budget, budget.seeds if name == "library" else budget.seeds[:1])
         verdict = judge(advice, arms)
@@ -314,10 +349,10 @@ def main() -> None:
             result["arms"] = arms
             result["altered"] = altered(folder, base, general, corpora[name]) if options.full else {}
             print(json.dumps(result["altered"], indent=1), flush=True)
-        result["seconds"] = time.perf_counter() - started
+        result["seconds"] = seconds_of(folder)
         if options.out is not None:  # after each corpus, so that a run that is cut off leaves what it had
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(options.out, result)
     if options.work is None:
         shutil.rmtree(folder)
     print(json.dumps(result))

@@ -92,7 +92,7 @@ def reference_pairs(topics: dict[str, str]) -> list[dict[str, Any]]:
 
 def make_data(folder: Path) -> tuple[General, dict[str, Corpus]]:
     """The general text, and three corpora: the other half of the library, the language reference, numpy."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # the same files again, where an interrupted run goes on
     modules = library_modules()
     general = [module for module in modules if bucket(module.group) < 50]
     domain = [module for module in modules if bucket(module.group) >= 50]

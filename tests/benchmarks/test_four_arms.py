@@ -44,6 +44,15 @@ def test_mean_and_spread(program: ModuleType) -> None:
     assert program.summary([1.0])["spread"] is None
 
 
+def test_what_is_done_is_kept_and_not_done_again(program: ModuleType, tmp_path: Path) -> None:
+    assert program.once(tmp_path, "arm", lambda: {"f1": 0.1}) == {"f1": 0.1}
+    assert program.once(tmp_path, "arm", lambda: pytest.fail("measured twice")) == {"f1": 0.1}
+    with pytest.raises(KeyboardInterrupt):
+        program.once(tmp_path, "other", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert program.once(tmp_path, "other", lambda: 2) == 2
+    assert 0 <= program.seconds_of(tmp_path) < 60
+
+
 def test_pairs_of_the_reference_follow_one_another() -> None:
     sys.path.insert(0, str(FOLDER))
     try:

@@ -79,7 +79,7 @@ def chromium() -> str | None:
 
 
 def visit(program: str, page: bytes, widths: Sequence[int], *, picture: Path | None = None) -> Visit:
-    """Open ``page`` once in frames of these widths; ``picture``: write a PNG of all side by side (its height: 4,000)."""
+    """Open ``page`` once in frames of these widths; ``picture``: write a PNG of all side by side, 4,000 high."""
     frames = "".join(f'<iframe src="/page.html" style="flex:0 0 {width}px"></iframe>' for width in widths)
     around = (_AROUND % {"height": 4000, "frames": frames}).encode()
     requested: list[str] = []
