@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -74,7 +75,7 @@ def once(folder: Path, name: str, make: Callable[[], Any]) -> Any:
 
 def seconds_of(folder: Path) -> float:
     """Seconds of everything that is done, also in earlier parts of an interrupted run."""
-    return sum(json.loads(file.read_bytes())["seconds"] for file in (folder / "done").iterdir())
+    return math.fsum(json.loads(file.read_bytes())["seconds"] for file in (folder / "done").iterdir())
 
 
 def dsft(folder: Path, *arguments: str) -> str:
