@@ -109,7 +109,9 @@ def measure_memmap(store: SourceStore) -> float:
                 )
             ]
             packs.append(list(zip(pack.shard.tolist(), firsts, pack.length.tolist(), strict=True)))
-    tokens_of = [np.memmap(store.folder / f"shard-{shard:06d}.tokens", np.uint16, "r") for shard in range(NUM_SHARDS)]
+    tokens_of = [
+        np.memmap(Path(store.place) / f"shard-{shard:06d}.tokens", np.uint16, "r") for shard in range(NUM_SHARDS)
+    ]
     tokens = 0
     processor = time.process_time()
     for spans in packs:

@@ -137,8 +137,8 @@ def measure_position(store: SourceStore) -> tuple[float, float]:
         order = make_order(planned_source(store))
         shard, document = order.documents_at(position.epoch, position.group, ordinals, store.manifest.num_documents)
         ids.append(1000 * (time.perf_counter() - begin))
-        drop_from_page_cache(store.folder)
-        cold = SourceStore(store.folder)
+        drop_from_page_cache(Path(store.place))
+        cold = SourceStore(Path(store.place))
         begin = time.perf_counter()
         chunk = make_order(planned_source(cold)).read(position.epoch, position.group, position.ordinal)
         lengths.append(1000 * (time.perf_counter() - begin))
@@ -151,8 +151,8 @@ def measure_first_batch(store: SourceStore) -> float:
     """Seconds from the cursor to a rank's first micro-batches."""
     times = []
     for _ in range(3):
-        drop_from_page_cache(store.folder)
-        fresh = SourceStore(store.folder)
+        drop_from_page_cache(Path(store.place))
+        fresh = SourceStore(Path(store.place))
         begin = time.perf_counter()
         planner = make_planner(planned_source(fresh))
         step = next(planner.steps(middle(planner)))

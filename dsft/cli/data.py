@@ -16,7 +16,8 @@ import click
 from dsft.constants import EXIT_OK, EXIT_RUN_FAILED
 
 if TYPE_CHECKING:
-    from dsft.config.models import RunConfig
+    from dsft.config.evaluation import EvaluationSetSection
+    from dsft.config.models import RunConfig, SourceSection
     from dsft.corpus.preview import Preview
     from dsft.corpus.statistics import SourceStatistics
     from dsft.store.reader import SourceStore
@@ -41,13 +42,16 @@ def command() -> None:
 @_JSON
 def stats(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Count documents and tokens of every source (and prepare what is not prepared)."""
-    from dsft.cli.prepare import prepare_run
+    from dsft.cli.prepare import progress_display
     from dsft.config.load import load_config
     from dsft.corpus.statistics import source_statistics
-    from dsft.store.reader import SourceStore
+    from dsft.train.setup import open_tokenizer
+    from dsft.train.stores import open_stores
 
     config = load_config(file, overrides)
-    stores = [SourceStore(folder) for folder in prepare_run(config, num_workers=1)]
+    sections: list[SourceSection | EvaluationSetSection] = [*config.data.sources, *config.evaluate.sets]
+    with progress_display() as progress:
+        stores = open_stores(config, sections, open_tokenizer(config), progress, worker=0, num_workers=1)
     epochs = planned_epochs(config, stores[: len(config.data.sources)])
     rows = [source_statistics(store) for store in stores]
     if as_json:
@@ -69,9 +73,7 @@ def preview(file: Path, overrides: tuple[str, ...], as_json: bool, name: str | N
     On a terminal learned text is green and the rest is grey; elsewhere learned text is in double brackets. Nothing is
     written.
     """
-    from dsft.config.evaluation import EvaluationSetSection
     from dsft.config.load import load_config
-    from dsft.config.models import SourceSection
     from dsft.corpus.preview import preview_source
     from dsft.errors import ConfigError
     from dsft.train.setup import open_tokenizer

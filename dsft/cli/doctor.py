@@ -105,9 +105,11 @@ def _with_environment(wanted: Wanted) -> tuple[Wanted, list[Finding]]:
 
 def _with_run(wanted: Wanted, config_file: str, config: RunConfig) -> Wanted:
     from dsft.cli.launch import run_files
+    from dsft.config.remote_path import is_remote
 
     store = config.data.store_dir or str(Path(config.run.dir).parent)
-    folders = [*wanted.folders, *_existing((config.run.dir, store))]
+    shared = (config.run.dir,) if is_remote(store) else (config.run.dir, store)
+    folders = [*wanted.folders, *_existing(shared)]
     return replace(wanted, folders=list(dict.fromkeys(folders)), files=run_files(config_file, config))
 
 

@@ -59,7 +59,8 @@ def prepare_run(config: RunConfig, num_workers: int) -> list[Path]:
     from dsft.config.evaluation import EvaluationSetSection
     from dsft.config.models import SourceSection
     from dsft.corpus.workers import prepare_with_workers
-    from dsft.train.setup import open_tokenizer, store_folder
+    from dsft.train.setup import open_tokenizer
+    from dsft.train.stores import store_folder
 
     make_tokenizer = partial(open_tokenizer, config)
     sections: list[SourceSection | EvaluationSetSection] = [*config.data.sources, *config.evaluate.sets]
@@ -75,7 +76,8 @@ def prepare_share(config: RunConfig, worker: int, num_workers: int, array: bool)
     from dsft.config.models import SourceSection
     from dsft.corpus.prepare import prepare_sources
     from dsft.corpus.progress import no_progress
-    from dsft.train.setup import open_tokenizer, store_folder
+    from dsft.train.setup import open_tokenizer
+    from dsft.train.stores import store_folder
     from dsft.world import discover_world
 
     if not array:  # ranks of one host share its cores

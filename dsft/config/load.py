@@ -128,7 +128,7 @@ _DATA_ORDER = re.compile(
     r"run\.seed"
     r"|model\.(tokenizer|add_tokens)(\..*)?"
     r"|train\.global_batch_packs"
-    r"|data\.(?!store_dir$|bad_records$|sources\.\d+\.(loss_weight|exhausted)$|stages\.\d+\.name$|audit\.).*"
+    r"|data\.(?!store_dir$|cache_(dir|bytes)$|bad_records$|sources\.\d+\.(loss_weight|exhausted)$|stages\.\d+\.name$|audit\.).*"
 )
 """Keys that decide which documents a step trains on, or what their tokens are. The exceptions only move the
 store, count bad records, weigh the loss, or say what comes after a source's last document."""

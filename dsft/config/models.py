@@ -23,6 +23,7 @@ from dsft.config.section import (
     NonNegativeFloat,
     PositiveFloat,
     Section,
+    StorePath,
     UnitInterval,
 )
 from dsft.config.units import Count, PositiveCount
@@ -151,8 +152,14 @@ class DataSection(Section):
     stages: Items[StageSection] = ()
     chat_template: str | None = None
     """File with a Jinja chat template, or the name of a built-in one (chatml). Default: the tokenizer's own."""
-    store_dir: FolderPath | None = None
-    """Where token stores are kept, shared by runs; default: ``store`` beside the run's folder."""
+    store_dir: StorePath | None = None
+    """Where token stores are kept, shared by runs; default: ``store`` beside the run's folder. A URL (s3://, gs://,
+    hf://, https://): stores that were prepared in a folder and copied there; nothing is prepared then."""
+    cache_dir: FolderPath | None = None
+    """Where token shards of a ``store_dir`` at a URL are kept on each host, shared by ranks and runs; default:
+    ``store-cache`` beside the run's folder."""
+    cache_bytes: PositiveCount = 100_000_000_000
+    """Most bytes in ``cache_dir``; what is in use is never removed, even where it alone is more."""
     bad_records: Literal["error", "skip"] = "error"
     overlong: Literal["split", "truncate", "drop"] = "split"
     """What happens to a document longer than pack_tokens. Counted per source."""

@@ -40,6 +40,8 @@ def _written_out(path: str) -> str:
 
 FolderPath = Annotated[str, Field(min_length=1), AfterValidator(_written_out)]
 """A folder that dsft makes where it is missing, so that a path that cannot be meant would not be noticed."""
+StorePath = Annotated[FolderPath, AfterValidator(check_data_path)]
+"""The same, or a URL."""
 
 
 class Section(BaseModel):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from dsft.config.remote_path import is_remote
 from dsft.corpus.raw_file import RawFile
-from dsft.corpus.remote import list_remote
 from dsft.errors import DataError
+from dsft.remote import list_remote
 from dsft.store.manifest import fingerprint
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".arrow")

@@ -110,11 +110,37 @@ def prepare_sources(
     return [job.folder for job in jobs]
 
 
-def source_folder(section: Section, tokenizer: Tokenizer, store_dir: Path) -> Path:
-    """The folder of a source's token store: its name, and a hash of all that decides its ids and of where it lies."""
+def store_name(section: Section, tokenizer: Tokenizer) -> str:
+    """Folder of a source's token store: its name, and a hash of all that decides its ids and of where it lies."""
     entries = [section.path] if isinstance(section.path, str) else section.path
     content = {"recipe": _recipe(section, tokenizer), "path": [absolute(entry) for entry in entries]}
-    return store_dir / f"{section.name}-{fingerprint(content)[:16]}"
+    return f"{section.name}-{fingerprint(content)[:16]}"
+
+
+def check_prepared(
+    section: Section, tokenizer: Tokenizer, bad_records: Literal["error", "skip"], manifest: Manifest, place: str
+) -> None:
+    """Check a store that was prepared elsewhere. Raises DataError where it is not what this source asks for."""
+    if dict(manifest.recipe) != _recipe(section, tokenizer):
+        raise DataError(
+            f"{place} was not prepared for this source: its tokenizer, format or version of dsft is another one. "
+            "Prepare the source with this configuration, and copy it there under the name it has."
+        )
+    if bad_records == "error" and manifest.counts.get("bad_records"):
+        raise DataError(
+            f"{place} was prepared with data.bad_records: skip and lacks {manifest.counts['bad_records']} records. Set "
+            "that here, too, or correct the raw data and prepare it again."
+        )
+    _check_not_empty(section.name, manifest)
+
+
+def _check_not_empty(name: str, manifest: Manifest) -> None:
+    if int(manifest.num_documents.sum()) == 0:
+        dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in manifest.counts.items())
+        raise DataError(
+            f"data source {name!r} is empty: its {len(manifest.raw_names)} shards gave no document to learn from "
+            f"(records left out: {dropped or 'none'})."
+        )
 
 
 def _recipe(section: Section, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -154,7 +180,7 @@ def _job(section: Section, tokenizer: Tokenizer, store_dir: Path, bad_records: L
     shards = list_shards(section.name, section.path)
     return _Job(
         name=section.name,
-        folder=source_folder(section, tokenizer, store_dir),
+        folder=store_dir / store_name(section, tokenizer),
         recipe=_recipe(section, tokenizer),
         shards=shards,
         listing=listing_fingerprint(shards),
@@ -275,12 +301,7 @@ def _finish(job: _Job, worker: int, num_workers: int, reporter: Reporter, notes:
     waiting = _Waiting(reporter, notes)
     while (found := _fresh_manifest(job)) is None:
         waiting.pause(f"worker 0 to complete {job.name}")
-    if int(found.num_documents.sum()) == 0:
-        dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in found.counts.items()) or "none"
-        raise DataError(
-            f"data source {job.name!r} is empty: its {len(job.shards)} shards gave no document to learn from "
-            f"(records left out: {dropped})."
-        )
+    _check_not_empty(job.name, found)
 
 
 def _wait_for_shards(job: _Job, num_workers: int, reporter: Reporter, notes: FailureNotes) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from dsft.config.remote_path import is_remote
-from dsft.corpus.remote import open_remote
+from dsft.remote import open_remote
 
 
 @dataclass(frozen=True, slots=True)

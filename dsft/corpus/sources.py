@@ -12,9 +12,9 @@ from typing import Any, BinaryIO, NoReturn
 from dsft.corpus.fields import kind
 from dsft.corpus.listing import RawShard
 from dsft.corpus.raw_file import RawFile
-from dsft.corpus.remote import check_unchanged
 from dsft.corpus.samples import BadRecord
 from dsft.errors import DamagedFileError, DataError
+from dsft.remote import check_unchanged
 
 _CHUNK_BYTES = 1 << 20
 _COMPRESSED_CHUNK_BYTES = 1 << 17

@@ -194,6 +194,9 @@ class SourceOrder:
     def _load(self, epoch: int, group: int) -> _Group:
         if self._loaded is None or (self._loaded.epoch, self._loaded.group) != (epoch, group):
             shards = self.shards_of_group(epoch, group)
+            if self.source.will_need is not None:
+                after = (epoch, group + 1) if group + 1 < self._num_groups else (epoch + 1, 0)
+                self.source.will_need([*shards.tolist(), *self.shards_of_group(*after).tolist()])
             lengths = [self.source.lengths_in(epoch, int(shard)) for shard in shards]
             counts = np.array([len(column) for column in lengths], dtype=np.int64)
             self._loaded = _Group(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,8 @@ class PlannedSource:
         lengths: shard number -> int32[N] tokens per document. May wait for a shard that is still being prepared; it is
             only called from the prefetch thread.
         objective: how an epoch changes its documents; None: not at all.
+        will_need: shard numbers that will be read soon, the first ones first; for sources that fetch them. Returns at
+            once.
         exhausted: what happens when its documents are used up and one more is due: the next pass, the end of training,
             or an error.
     """
@@ -33,6 +35,7 @@ class PlannedSource:
     lengths: Callable[[int], npt.NDArray[np.int32]]
     objective: ObjectiveOrder | None = None
     exhausted: Exhausted = "repeat"
+    will_need: Callable[[Sequence[int]], None] | None = None
 
     def lengths_in(self, epoch: int, shard: int) -> npt.NDArray[np.int32]:
         """Tokens of each document as an epoch trains on it, int32[N]: before the overlong policy."""

@@ -17,14 +17,24 @@ not depend on the order of a hash map."""
 MANIFEST_NAME = "manifest.json"
 
 
+def tokens_name(shard: int) -> str:
+    """What the file of a shard's tokens is called."""
+    return f"shard-{shard:06d}.tokens"
+
+
+def index_name(shard: int) -> str:
+    """What the file of a shard's index is called."""
+    return f"shard-{shard:06d}.index"
+
+
 def tokens_path(folder: Path, shard: int) -> Path:
     """Where a shard's tokens are."""
-    return folder / f"shard-{shard:06d}.tokens"
+    return folder / tokens_name(shard)
 
 
 def index_path(folder: Path, shard: int) -> Path:
     """Where a shard's index is; the shard is whole when this exists."""
-    return folder / f"shard-{shard:06d}.index"
+    return folder / index_name(shard)
 
 
 def token_dtype(vocab_tokens: int) -> np.dtype[np.unsignedinteger[npt.NBitBase]]:

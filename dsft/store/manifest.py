@@ -86,26 +86,35 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check ``manifest.json``.
+    """Read and check ``manifest.json`` of a store in a folder.
 
     Raises:
         DataError: absent, damaged, or of another version; names the file.
     """
     path = folder / MANIFEST_NAME
     try:
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(
             f"{path} is missing, so the store was not prepared to its end; run `dsft prepare` (it continues where "
             "it was)."
         ) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); remove that file and run `dsft prepare` again.") from error
+    return parse_manifest(data, str(path))
+
+
+def parse_manifest(data: bytes, path: str) -> Manifest:
+    """Check the content of a ``manifest.json``. Raises DataError as :func:`read_manifest`; ``path`` is for messages."""
+    try:
+        value = json.loads(data)
+    except ValueError as error:
         raise DataError(f"{path} cannot be read ({error}); remove that file and run `dsft prepare` again.") from error
     if not isinstance(value, dict) or value.get("version") != STORE_VERSION:
         found = value.get("version") if isinstance(value, dict) else "none"
         raise DataError(
-            f"{path} is of store version {found} and this dsft reads version {STORE_VERSION}; remove the folder "
-            f"{folder} and run `dsft prepare` again."
+            f"{path} is of store version {found} and this dsft reads version {STORE_VERSION}; remove its folder and "
+            "run `dsft prepare` again."
         )
     try:
         manifest = Manifest(

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from dsft.constants import STORE_VERSION
 from dsft.errors import DataError
-from dsft.store.layout import METADATA_KEY, index_path, tokens_path
-from dsft.store.manifest import Manifest, read_manifest
+from dsft.store.files import LocalFiles, ShardFiles, open_file
+from dsft.store.layout import METADATA_KEY
+from dsft.store.manifest import Manifest
 from dsft.store.types import ShardIndex
 from dsft.store.views import MAX_MAPPED_SHARDS, MappedShard, ShardViews
+
+MAX_BOUNDED_INDICES = 64
+"""Indices kept open, beside those of mapped shards, where the files' place is bounded: an open file takes its room."""
 
 _NUMPY_TYPES = {"I32": np.int32, "I64": np.int64, "U32": np.uint32, "F32": np.float32}
 
@@ -40,8 +45,11 @@ class IndexFile:
 class SourceStore:
     """A prepared source. May be used from several threads.
 
+    Args:
+        files: its folder, or where else its files come from.
+
     Attributes:
-        folder: where it is.
+        files: where its files come from.
         manifest: its root manifest.
         fingerprint: hash of its content (``Manifest.fingerprint``).
         views: its mapped shards, for native code.
@@ -51,13 +59,18 @@ class SourceStore:
             one the manifest describes; names the file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest: Manifest = read_manifest(folder)
+    def __init__(self, files: Path | ShardFiles) -> None:
+        self.files: ShardFiles = files if not isinstance(files, Path) else LocalFiles(files)
+        self.manifest: Manifest = self.files.manifest
         self.fingerprint: str = self.manifest.fingerprint
-        self._index = lru_cache(maxsize=MAX_MAPPED_SHARDS)(partial(_checked_index, folder, self.manifest))
-        self._tokens = lru_cache(maxsize=MAX_MAPPED_SHARDS)(partial(_checked_tokens, folder, self.manifest))
-        self.views = ShardViews(self.num_shards, self.map_shard)
+        is_bounded = self.files.max_mapped_bytes is not None
+        self._index = lru_cache(maxsize=MAX_BOUNDED_INDICES if is_bounded else MAX_MAPPED_SHARDS)(self._map_index)
+        self.views = ShardViews(self.num_shards, self.map_shard, self.files.max_mapped_bytes)
+
+    @property
+    def place(self) -> str:
+        """Its folder or URL."""
+        return self.files.place
 
     @property
     def name(self) -> str:
@@ -75,13 +88,19 @@ class SourceStore:
 
     def tokens(self, shard: int) -> npt.NDArray[np.uint16] | npt.NDArray[np.uint32]:
         """All tokens of a shard: a read-only memory map of uint16 or uint32."""
-        return self._tokens(shard)
+        return self.views.shard(shard).tokens
 
     def map_shard(self, shard: int) -> MappedShard:
-        """A shard of which no block is verified yet; ``views`` keeps those in use."""
+        """A shard, none of whose blocks ``views`` has verified yet; ``views`` keeps those in use."""
         index = self.index(shard)
-        is_verified = np.zeros(len(index.block_crc32), dtype=np.uint8)
-        return MappedShard(tokens_path(self.folder, shard), index, self.tokens(shard), is_verified)
+        with self.files.open_tokens(shard, index.block_crc32) as file:
+            tokens = _map_tokens(file, self.manifest, shard)
+            is_verified = np.full(len(index.block_crc32), self.files.are_verified, dtype=np.uint8)
+            return MappedShard(file.name, index, tokens, is_verified)
+
+    def _map_index(self, shard: int) -> ShardIndex:
+        with self.files.open_index(shard) as file:
+            return _checked_index(file, self.manifest, shard)
 
 
 def verify_shard(store: SourceStore, shard: int) -> None:
@@ -101,7 +120,8 @@ def read_index_metadata(path: Path) -> dict[str, Any]:
     Raises:
         DataError: missing, damaged or of another version; names the file.
     """
-    return _read_header(path)[1]
+    with open_file(path) as file:
+        return _read_header(file)[1]
 
 
 def read_index_file(path: Path) -> IndexFile:
@@ -110,33 +130,36 @@ def read_index_file(path: Path) -> IndexFile:
     Raises:
         DataError: missing, cut short or of another version; names the file.
     """
-    header, metadata, start = _read_header(path)
+    with open_file(path) as file:
+        return map_index_file(file)
+
+
+def map_index_file(file: BinaryIO) -> IndexFile:
+    """As :func:`read_index_file`, of a file that is open; the map keeps it open (and locked)."""
+    header, metadata, start = _read_header(file)
     try:
-        body = np.memmap(path, np.uint8, mode="r")[start:]
+        body = np.memmap(file, np.uint8, mode="r")[start:]
         arrays = {name: _array(body, entry) for name, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove it and run `dsft prepare` again.") from error
+        raise DataError(f"{file.name} is damaged ({error}); remove it and run `dsft prepare` again.") from error
     return IndexFile(metadata, arrays, zlib.crc32(body.tobytes()))
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, Any], int]:
     """The safetensors header without metadata, the metadata, and where the arrays begin."""
     try:
-        with open(path, "rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if header_bytes > path.stat().st_size:
-                raise ValueError("its header is not one of safetensors")
-            header = json.loads(file.read(header_bytes))
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > os.fstat(file.fileno()).st_size:
+            raise ValueError("its header is not one of safetensors")
+        header = json.loads(file.read(header_bytes))
         metadata = json.loads(header.pop("__metadata__")[METADATA_KEY])
         version = metadata["version"]
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing from the token store; run `dsft prepare` again.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove it and run `dsft prepare` again.") from error
+        raise DataError(f"{file.name} is damaged ({error}); remove it and run `dsft prepare` again.") from error
     if version != STORE_VERSION:
         raise DataError(
-            f"{path} is of store version {version} and this dsft reads version {STORE_VERSION}; remove the folder and "
-            "run `dsft prepare` again."
+            f"{file.name} is of store version {version} and this dsft reads version {STORE_VERSION}; remove the folder "
+            "and run `dsft prepare` again."
         )
     return header, metadata, 8 + header_bytes
 
@@ -148,18 +171,17 @@ def _array(body: npt.NDArray[np.uint8], entry: dict[str, Any]) -> npt.NDArray[An
     return np.frombuffer(body, np.uint8)[start:end].view(_NUMPY_TYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
-def _checked_index(folder: Path, manifest: Manifest, shard: int) -> ShardIndex:
-    path = index_path(folder, shard)
-    file = read_index_file(path)
-    if file.crc32 != manifest.index_crc32[shard]:
+def _checked_index(file: BinaryIO, manifest: Manifest, shard: int) -> ShardIndex:
+    found = map_index_file(file)
+    if found.crc32 != manifest.index_crc32[shard]:
         raise DataError(
-            f"{path} is not the index that {folder.name}/manifest.json describes (crc32 {file.crc32:08x}, expected "
+            f"{file.name} is not the index that the store's manifest.json describes (crc32 {found.crc32:08x}, expected "
             f"{int(manifest.index_crc32[shard]):08x}): it was damaged or prepared anew; run `dsft prepare` again."
         )
-    token_offsets = np.zeros(len(file.arrays["lengths"]) + 1, np.int64)
-    np.cumsum(file.arrays["lengths"], out=token_offsets[1:], dtype=np.int64)
+    token_offsets = np.zeros(len(found.arrays["lengths"]) + 1, np.int64)
+    np.cumsum(found.arrays["lengths"], out=token_offsets[1:], dtype=np.int64)
     # Native code reads some of these through their addresses, so they must lie as their types demand.
-    arrays = {name: np.require(array, requirements=["A", "C"]) for name, array in file.arrays.items()}
+    arrays = {name: np.require(array, requirements=["A", "C"]) for name, array in found.arrays.items()}
     return ShardIndex(
         lengths=arrays["lengths"],
         num_bytes=arrays["num_bytes"],
@@ -171,19 +193,15 @@ def _checked_index(folder: Path, manifest: Manifest, shard: int) -> ShardIndex:
     )
 
 
-def _checked_tokens(folder: Path, manifest: Manifest, shard: int) -> npt.NDArray[np.uint16] | npt.NDArray[np.uint32]:
-    path = tokens_path(folder, shard)
+def _map_tokens(file: BinaryIO, manifest: Manifest, shard: int) -> npt.NDArray[np.uint16] | npt.NDArray[np.uint32]:
     dtype = np.dtype(manifest.token_dtype).newbyteorder("<")
     expected_bytes = int(manifest.num_tokens[shard]) * dtype.itemsize
-    try:
-        found_bytes = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path} is missing from the token store; run `dsft prepare` again.") from error
+    found_bytes = os.fstat(file.fileno()).st_size
     if found_bytes != expected_bytes:
         raise DataError(
-            f"{path} has {found_bytes} bytes and its index describes {expected_bytes}: it was cut or replaced; "
+            f"{file.name} has {found_bytes} bytes and its index describes {expected_bytes}: it was cut or replaced; "
             f"remove it and its .index and run `dsft prepare` again."
         )
     if expected_bytes == 0:
         return np.empty(0, dtype)
-    return np.memmap(path, dtype, mode="r")
+    return np.memmap(file, dtype, mode="r")

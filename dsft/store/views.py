@@ -6,7 +6,6 @@ import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,7 @@ Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 class MappedShard:
     """A shard that is mapped, and which of its blocks were found as they were written (uint8[B])."""
 
-    path: Path
+    path: str
     index: ShardIndex
     tokens: Tokens
     block_is_verified: npt.NDArray[np.uint8]
@@ -37,14 +36,21 @@ class MappedShard:
         Raises:
             DataError: names the token file and the block.
         """
-        data = self.tokens.view(np.uint8)[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
-        found, expected = zlib.crc32(data.tobytes()), int(self.index.block_crc32[block])
-        if found != expected:
+        damage = block_damage(self.tokens.view(np.uint8), block, self.index.block_crc32)
+        if damage is not None:
             raise DataError(
-                f"{self.path}: block {block} (bytes {block * BLOCK_BYTES} on) has crc32 {found:08x} and was written "
-                f"with {expected:08x}: the file was damaged after it was prepared. Remove it and its .index and run "
+                f"{self.path}: {damage}: the file was damaged after it was prepared. Remove it and its .index and run "
                 "`dsft prepare` again."
             )
+
+
+def block_damage(data: npt.NDArray[np.uint8], block: int, block_crc32: npt.NDArray[np.uint32]) -> str | None:
+    """How one sees that a block of a token file's bytes is not what was written; None: it is."""
+    found = zlib.crc32(data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES].data)
+    expected = int(block_crc32[block])
+    if found == expected:
+        return None
+    return f"block {block} (bytes {block * BLOCK_BYTES} on) has crc32 {found:08x} and was written with {expected:08x}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +80,13 @@ class ShardViews:
     Args:
         num_shards: of the store.
         map_shard: maps one of them.
+        max_bytes: of tokens that stay mapped when other shards are asked for; None: any.
     """
 
-    def __init__(self, num_shards: int, map_shard: Callable[[int], MappedShard]) -> None:
+    def __init__(self, num_shards: int, map_shard: Callable[[int], MappedShard], max_bytes: int | None = None) -> None:
         self._num_shards = num_shards
         self._map_shard = map_shard
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._mapped = self._none()
 
@@ -94,13 +102,17 @@ class ShardViews:
         offsets = shards.astype(np.uint64) * np.uint64(SHARD_VIEW.itemsize)
         return offsets + np.uint64(mapped.views.ctypes.data), mapped
 
+    def shard(self, shard: int) -> MappedShard:
+        """A shard, mapped. Raises DataError where it cannot be."""
+        return self._mapped.shards.get(shard) or self._with([shard]).shards[shard]
+
     def verify_document(self, shard: int, document: int) -> None:
         """Compare the blocks that hold a document with their crc32, each once.
 
         Raises:
             DataError: names the token file and the first block that differs.
         """
-        mapped = self._mapped.shards.get(shard) or self._with([shard]).shards[shard]
+        mapped = self.shard(shard)
         begin, end = (mapped.index.token_offsets[document : document + 2] * mapped.tokens.itemsize).tolist()
         for block in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
             if not mapped.block_is_verified[block]:
@@ -111,11 +123,17 @@ class ShardViews:
         """The mapped shards with these among them. Where they would be too many, all others are let go."""
         with self._lock:
             missing = [shard for shard in shards if shard not in self._mapped.shards]
-            if len(self._mapped.shards) + len(missing) > MAX_MAPPED_SHARDS:
+            if missing and self._is_full(len(missing)):
                 self._mapped, missing = self._none(), shards
             for shard in missing:
                 self._mapped.add(shard, self._map_shard(shard))
             return self._mapped
+
+    def _is_full(self, num_more: int) -> bool:
+        mapped = self._mapped.shards
+        if len(mapped) + num_more > MAX_MAPPED_SHARDS:
+            return True
+        return self._max_bytes is not None and sum(one.tokens.nbytes for one in mapped.values()) >= self._max_bytes
 
     def _none(self) -> MappedShards:
         return MappedShards(np.zeros(self._num_shards, SHARD_VIEW), np.zeros(self._num_shards, np.bool_))

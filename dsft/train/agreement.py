@@ -50,7 +50,7 @@ def check_same_stores(groups: Groups, stores: Sequence[SourceStore]) -> None:
     first: list[str] = groups.broadcast_object([store.fingerprint for store in stores])
     errors = [
         DataError(
-            f"the ranks read different token stores of {store.name!r}: {store.folder} has fingerprint "
+            f"the ranks read different token stores of {store.name!r}: {store.place} has fingerprint "
             f"{store.fingerprint[:12]}, and rank 0's has {fingerprint[:12]}. Put data.store_dir on storage that every "
             "host sees."
         )

@@ -74,7 +74,7 @@ class Attempt:
             checkpoint=None if origin is None else str(origin.checkpoint.absolute()),
             world_size=identity["world_size"],
             config=identity["config"],
-            stores=tuple({"folder": str(s.folder.absolute()), "fingerprint": s.fingerprint} for s in stores),
+            stores=tuple({"folder": s.place, "fingerprint": s.fingerprint} for s in stores),
             objectives=tuple(None if objective is None else asdict(objective) for objective in objectives),
         )
 

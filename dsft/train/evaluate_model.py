@@ -24,7 +24,6 @@ from dsft.config.deepspeed import build_deepspeed_config
 from dsft.config.load import config_to_json
 from dsft.config.models import RunConfig
 from dsft.constants import EXIT_OK
-from dsft.corpus.prepare import prepare_sources
 from dsft.corpus.progress import ProgressLines
 from dsft.corpus.tokenizer import Tokenizer
 from dsft.errors import ConfigError
@@ -41,9 +40,9 @@ from dsft.model.packed import PackedCausalLM
 from dsft.model.positions import check_positions
 from dsft.model.probe import prove
 from dsft.ops.backend import choose as choose_kernels
-from dsft.store.reader import SourceStore
 from dsft.train import setup
 from dsft.train.agreement import check_same_configuration, check_same_stores, with_pinned_start
+from dsft.train.stores import open_stores
 from dsft.world import discover_world
 
 logger = logging.getLogger(__name__)
@@ -180,26 +179,19 @@ def _held_out_sets(config: RunConfig, groups: dist.Groups) -> tuple[list[HeldOut
         folder = setup.model_folder(config)
         assert folder is not None
         tokenizer = setup.open_tokenizer(config)
-        folders = prepare_sources(
-            list(config.evaluate.sets),
-            tokenizer,
-            setup.store_folder(config),
-            groups.rank,
-            groups.size,
-            config.data.bad_records,
-            ProgressLines(logger.info),
-        )
-        stores = [SourceStore(path) for path in folders]
-        for section, store in zip(config.evaluate.sets, stores, strict=True):
+        report = ProgressLines(logger.info)
+        sets = config.evaluate.sets
+        stores = open_stores(config, sets, tokenizer, report, worker=groups.rank, num_workers=groups.size)
+        for section, store in zip(sets, stores, strict=True):
             check_section(section, store, tokenizer)
         for test in config.evaluate.bias:
             check_bias(test)
     check_same_stores(groups, stores)
-    sets = [
+    held_out = [
         HeldOutSet(section, store, setup.held_out_spec(config, tokenizer, store))
-        for section, store in zip(config.evaluate.sets, stores, strict=True)
+        for section, store in zip(sets, stores, strict=True)
     ]
-    return sets, tokenizer, folder
+    return held_out, tokenizer, folder
 
 
 def _build_model(

@@ -20,7 +20,6 @@ from dsft.config.evaluation import EvaluationSetSection
 from dsft.config.models import RunConfig, SourceSection
 from dsft.config.objectives import FillInTheMiddleSection, MaskedLanguageModellingSection
 from dsft.corpus.chat import ChatMarker
-from dsft.corpus.prepare import prepare_sources
 from dsft.corpus.progress import PrepareProgress, ProgressLines
 from dsft.corpus.tokenizer import Tokenizer, load_tokenizer
 from dsft.dist import DeviceType, Groups, without_prints
@@ -43,6 +42,7 @@ from dsft.sampling.plan import Planner
 from dsft.sampling.types import Pieces, PlannedSource, Stage
 from dsft.store.reader import SourceStore
 from dsft.train.optimizer import build_optimizer
+from dsft.train.stores import open_stores
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +165,7 @@ def planned_sources(
             partial(_lengths, store),
             None if objective is None else order_of(objective, config.run.seed, source.name),
             source.exhausted,
+            store.files.will_need,
         )
         for source, store, objective in zip(config.data.sources, stores, objectives, strict=True)
     )
@@ -172,11 +173,6 @@ def planned_sources(
 
 def _lengths(store: SourceStore, shard: int) -> npt.NDArray[np.int32]:
     return store.index(shard).lengths
-
-
-def store_folder(config: RunConfig) -> Path:
-    """Where token stores are kept."""
-    return Path(config.data.store_dir) if config.data.store_dir else Path(config.run.dir).parent / "store"
 
 
 def open_data(config: RunConfig, tokenizer: Tokenizer, stop: StopFlag, *, worker: int, num_workers: int) -> Data:
@@ -196,16 +192,7 @@ def open_data(config: RunConfig, tokenizer: Tokenizer, stop: StopFlag, *, worker
             )
 
     sections: list[SourceSection | EvaluationSetSection] = [*config.data.sources, *config.evaluate.sets]
-    folders = prepare_sources(
-        sections,
-        tokenizer,
-        store_folder(config),
-        worker,
-        num_workers,
-        config.data.bad_records,
-        report,
-    )
-    stores = [SourceStore(folder) for folder in folders]
+    stores = open_stores(config, sections, tokenizer, report, worker=worker, num_workers=num_workers)
     num_sources = len(config.data.sources)
     return Data(tokenizer, tuple(stores[:num_sources]), tuple(stores[num_sources:]))
 

@@ -27,6 +27,7 @@ from dsft.sampling.usage import Usage
 from dsft.store.reader import SourceStore, verify_shard
 from dsft.train.attempts import Lineage, Segment, read_lineage
 from dsft.train.setup import plan_sources, planned_sources
+from dsft.train.stores import open_places
 
 MOST_PROBLEMS = 20
 """Problems reported one by one."""
@@ -263,12 +264,13 @@ def _open(segment: Segment) -> tuple[RunConfig, tuple[SourceStore, ...]]:
             f"the configuration of attempt {attempt.id[:8]} (steps {segment.first_step} to {segment.last_step}) is of "
             f"another version of dsft ({error.errors()[0]['msg']}); check the run with the one that trained it."
         ) from error
-    return config, tuple(SourceStore(Path(store["folder"])) for store in attempt.stores)
+    places = [store["folder"] for store in attempt.stores]
+    return config, tuple(open_places(config, places))
 
 
 def _changed_stores(segment: Segment, stores: Sequence[SourceStore]) -> list[str]:
     return [
-        f"steps {segment.first_step} to {segment.last_step}: the token store {store.folder} has fingerprint "
+        f"steps {segment.first_step} to {segment.last_step}: the token store {store.place} has fingerprint "
         f"{store.fingerprint[:12]}, and the run was trained on {known['fingerprint'][:12]}: it was prepared anew"
         for store, known in zip(stores, segment.attempt.stores, strict=True)
         if store.fingerprint != known["fingerprint"]

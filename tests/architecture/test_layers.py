@@ -20,7 +20,7 @@ MAX_LINES = 400
 LAYERS: list[dict[str, set[str]]] = [
     {"constants": set(), "errors": {"constants"}, "__init__": set()},
     {"config": set()},
-    {"fsio": set(), "world": set(), "address": {"world"}, "dist": {"fsio", "world", "address"}},
+    {"fsio": set(), "remote": set(), "world": set(), "address": {"world"}, "dist": {"fsio", "world", "address"}},
     {"ops": set()},
     {"store": set(), "model": set(), "checkpoint": set(), "metrics": set(), "launch": set()},
     {"corpus": set(), "sampling": set()},

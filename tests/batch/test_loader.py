@@ -48,7 +48,10 @@ def make_planner(stores: tuple[SourceStore, ...], train_tokens: int = 8000) -> P
         return store.index(shard).lengths
 
     return Planner(
-        [PlannedSource(store.name, store.num_shards, partial(lengths, store)) for store in stores],
+        [
+            PlannedSource(store.name, store.num_shards, partial(lengths, store), will_need=store.files.will_need)
+            for store in stores
+        ],
         (Stage("one", 3000, (0.7, 0.3)), Stage("two", None, (0.2, 0.8))),
         seed=5,
         pack_tokens=64,

@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 
+from dsft import remote
 from dsft.config.models import SourceSection
-from dsft.corpus import remote
 from dsft.corpus.listing import list_shards, listing_fingerprint
 from dsft.corpus.sources import read_records
 from dsft.corpus.tokenizer import Tokenizer
 from dsft.errors import DamagedFileError, DataError
 from tests.corpus.test_prepare import TEXTS, documents, prepare, raw_folder, source
-from tests.corpus.test_remote import values
 from tests.corpus.test_sources import JSONL, ROWS, WRITERS
 from tests.support.object_store import ENVIRONMENT, s3_server
 from tests.support.web_server import WebServer, web_server
+from tests.test_remote import values
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 
 from dsft.config.evaluation import EvaluationSetSection
 from dsft.config.models import SourceSection
-from dsft.corpus.prepare import prepare_sources, source_folder
+from dsft.corpus.prepare import prepare_sources, store_name
 from dsft.corpus.preview import preview_source
 from dsft.corpus.progress import PrepareProgress
 from dsft.corpus.statistics import source_statistics
@@ -147,14 +147,14 @@ def versions(folder: Path) -> dict[str, tuple[int, int]]:
 def test_what_is_prepared_is_kept_and_what_changed_is_made_again(tmp_path: Path, base_tokenizer: Tokenizer) -> None:
     raw = raw_folder(tmp_path)
     (store,) = prepare([source(raw)], base_tokenizer, tmp_path)
-    first = versions(store.folder)
+    first = versions(Path(store.place))
     (again,) = prepare([source(raw)], base_tokenizer, tmp_path)
-    assert versions(store.folder) == first
+    assert versions(Path(store.place)) == first
     assert again.fingerprint == store.fingerprint
 
     write_jsonl(raw / "1.jsonl", [{"text": "something else"}])
     (changed,) = prepare([source(raw)], base_tokenizer, tmp_path)
-    now = versions(store.folder)
+    now = versions(Path(store.place))
     assert {name for name in first if first[name] != now[name]} == {
         "shard-000001.tokens",
         "shard-000001.index",
@@ -166,12 +166,12 @@ def test_what_is_prepared_is_kept_and_what_changed_is_made_again(tmp_path: Path,
     write_jsonl(raw / "3.jsonl", [{"text": "appended"}])
     (grown,) = prepare([source(raw)], base_tokenizer, tmp_path)
     assert grown.num_shards == 4
-    (store.folder / "shard-000002.tokens").unlink()
+    (Path(store.place) / "shard-000002.tokens").unlink()
     (mended,) = prepare([source(raw)], base_tokenizer, tmp_path)
     assert documents(mended) == documents(grown)
-    (store.folder / "shard-000002.tokens").unlink()  # not cut in place: `grown` has it mapped
-    (store.folder / "shard-000002.tokens").write_bytes(b"cut")
-    (store.folder / "manifest.json").unlink()
+    (Path(store.place) / "shard-000002.tokens").unlink()  # not cut in place: `grown` has it mapped
+    (Path(store.place) / "shard-000002.tokens").write_bytes(b"cut")
+    (Path(store.place) / "manifest.json").unlink()
     (mended,) = prepare([source(raw)], base_tokenizer, tmp_path)
     assert documents(mended) == documents(grown)
     os.utime(raw / "0.jsonl", ns=(5, 5))
@@ -185,17 +185,17 @@ def test_folders_follow_what_decides_the_ids(
     text, other = source(tmp_path / "a"), source(tmp_path / "b")
     chat = source(tmp_path / "a", format="messages")
     folders = [
-        source_folder(text, base_tokenizer, tmp_path),
-        source_folder(other, base_tokenizer, tmp_path),
-        source_folder(source(tmp_path / "a", text_field="body"), base_tokenizer, tmp_path),
-        source_folder(chat, base_tokenizer, tmp_path),
-        source_folder(chat, chat_tokenizer, tmp_path),
-        source_folder(source(tmp_path / "a", format="messages", supervise="all"), chat_tokenizer, tmp_path),
+        store_name(text, base_tokenizer),
+        store_name(other, base_tokenizer),
+        store_name(source(tmp_path / "a", text_field="body"), base_tokenizer),
+        store_name(chat, base_tokenizer),
+        store_name(chat, chat_tokenizer),
+        store_name(source(tmp_path / "a", format="messages", supervise="all"), chat_tokenizer),
     ]
     assert len(set(folders)) == len(folders)
-    assert source_folder(text, chat_tokenizer, tmp_path) == folders[0]
+    assert store_name(text, chat_tokenizer) == folders[0]
     weighted = source(tmp_path / "a", weight=0.5, loss_weight=2.0)
-    assert source_folder(weighted, base_tokenizer, tmp_path) == folders[0]
+    assert store_name(weighted, base_tokenizer) == folders[0]
 
 
 BAD = [
@@ -256,9 +256,9 @@ def test_max_documents_takes_the_first_of_the_listing(tmp_path: Path, base_token
     all_store, some_store = prepare([whole, some], base_tokenizer, tmp_path)
     assert documents(some_store) == documents(all_store)[:6]
     assert some_store.num_shards == 2
-    inode = (some_store.folder / "manifest.json").stat().st_ino
+    inode = (Path(some_store.place) / "manifest.json").stat().st_ino
     prepare([some], base_tokenizer, tmp_path)
-    assert (some_store.folder / "manifest.json").stat().st_ino == inode
+    assert (Path(some_store.place) / "manifest.json").stat().st_ino == inode
     (shard0, _) = documents(some_store)[:4], documents(some_store)[4:]
     write_jsonl(raw / "0.jsonl", [{"text": TEXTS[0]}])
     (moved,) = prepare([some], base_tokenizer, tmp_path)
@@ -367,7 +367,7 @@ def test_a_killed_preparation_continues(
     os.utime(folder / left[0], (0, 0))  # as if it were left an hour ago
     (store,) = prepare([source(raw)], base_tokenizer, tmp_path / "killed")
     assert (folder / "shard-000000.tokens").stat().st_ino == inode
-    assert tree(store.folder) == tree(whole.folder)
+    assert tree(Path(store.place)) == tree(Path(whole.place))
 
 
 def test_statistics_agree_with_numpy(tmp_path: Path, base_tokenizer: Tokenizer) -> None:

@@ -86,7 +86,7 @@ def test_the_same_documents_give_the_same_bytes(tmp_path: Path) -> None:
 def test_the_manifest_is_small(tmp_path: Path) -> None:
     few = write_store(tmp_path / "few", [text_document([1])] * 10, num_shards=10)
     many = write_store(tmp_path / "many", [text_document(range(900))] * 110, num_shards=110)
-    sizes = [(store.folder / "manifest.json").stat().st_size for store in (few, many)]
+    sizes = [(Path(store.place) / "manifest.json").stat().st_size for store in (few, many)]
     assert (sizes[1] - sizes[0]) / 100 < 100  # and up to 100 more for a long file name
 
 
@@ -133,9 +133,9 @@ def test_token_files_of_another_size_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"shard-000000.tokens has 4 bytes and its index describes 20"):
         SourceStore(tmp_path).tokens(0)
     tokens_path(tmp_path, 0).unlink()
-    index_path(tmp_path, 0).unlink()
     with pytest.raises(DataError, match=r"tokens is missing"):
         SourceStore(tmp_path).tokens(0)
+    index_path(tmp_path, 0).unlink()
     with pytest.raises(DataError, match=r"index is missing"):
         SourceStore(tmp_path).index(0)
     (tmp_path / "manifest.json").unlink()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from dsft.corpus import remote
+from dsft import remote
 from dsft.corpus.listing import list_shards, listing_fingerprint
 from dsft.corpus.sources import read_records
 from dsft.errors import DamagedFileError, DataError

@@ -85,6 +85,13 @@ def open_remote(url: str, num_bytes: int) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(_RemoteFile(_file_system(url), url, num_bytes), buffer_size=1 << 20))
 
 
+def remote_size(url: str) -> int:
+    """Size of a remote file in bytes. Raises DataError: there is none, or it cannot be reached."""
+    system = _file_system(url)
+    system.invalidate_cache()
+    return _size(url, _retried(url, lambda: system.info(url)))
+
+
 def check_unchanged(url: str, num_bytes: int, version: str) -> None:
     """Raise DamagedFileError where a remote file is no longer the one that was listed, and then read."""
     system = _file_system(url)
