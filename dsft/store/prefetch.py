@@ -13,7 +13,7 @@ from dsft.store.shard_cache import CachedFile, ShardCache
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 8
-"""Requests in flight: one connection to an object store brings some 50 MB/s, most of its time spent in waiting."""
+"""Requests in flight at once, because a request spends most of its time in waiting."""
 
 
 class Prefetcher:
