@@ -36,6 +36,7 @@ evaluate:
        metrics: [rougeL, bleu, chrf], checker: {folder}/checker.py}}
   bias:
     - {{name: jobs, kind: templates, max_items: 12}}
+    - {{name: swaps, kind: counterfactual, path: {folder}/said.txt}}
     - {{name: words, kind: word_list, path: {folder}/prompts.txt, words: {folder}/words.txt, max_new_tokens: 8}}
 """
 
@@ -56,6 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "qa.jsonl").write_text("\n".join(pairs) + "\n")
     (folder / "checker.py").write_text("def check(prompt, answer, reference): return len(answer) % 2 == 0\n")
     (folder / "prompts.txt").write_text("The pilot said\nThe nurse said\nNobody said\n")
+    (folder / "said.txt").write_text("He said that his day was long.\nThe nurse did what she could.\nShe left him.\n")
     (folder / "words.txt").write_text("".join(f"{letter}\n" for letter in "abcdefghij"))
     (folder / "run.yaml").write_text(RUN_YAML.format(folder=folder, repository=REPOSITORY))
     _eval(folder, "alone", [sys.executable, "-m", "dsft"], "model")
@@ -113,6 +115,11 @@ def test_two_ranks_of_zero_3_measure_what_one_process_measures(folder: Path) -> 
         alone, ranks = (json.loads((folder / out / "bias" / f"{name}.json").read_bytes()) for out in ("alone", "ranks"))
         assert alone == ranks
         assert alone["num_items"] == {"jobs": 12, "words": 3}[name]
+    # Likelihoods themselves, not only which of two is larger: nats a token.
+    alone, ranks = (json.loads((folder / out / "bias" / "swaps.json").read_bytes()) for out in ("alone", "ranks"))
+    assert len(alone["each"]) == 3
+    assert alone["each"] == pytest.approx(ranks["each"], abs=1e-6, rel=0)
+    assert 0 < alone["value"] == pytest.approx(ranks["value"], abs=1e-6, rel=0)
 
 
 def test_it_goes_on_where_it_stopped_and_compares_two_models(folder: Path) -> None:
