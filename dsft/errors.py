@@ -71,6 +71,10 @@ class RankLostError(TrainingError):
     """Another rank is gone. A consequence: that rank's own error, if it has one, is the cause."""
 
 
+class OutOfMemoryError(TrainingError):
+    """Memory of the host or of a device could not be allocated."""
+
+
 class StoppedEarly(DsftError):  # noqa: N818  (not an error: the run is whole and can go on)
     """The run stopped on request with everything saved; start it again to go on."""
 

@@ -21,6 +21,7 @@ class Progress:
         step: optimizer steps taken.
         since: ``time.monotonic()`` at which it began.
         save_seconds: how long the last save took to write; None: none yet.
+        is_saving: a save is in flight while this rank goes on.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,7 @@ class Progress:
         self.step = 0
         self.since = time.monotonic()
         self.save_seconds: float | None = None
+        self.is_saving = False
         self._step_seconds: deque[float] = deque(maxlen=_NUM_REMEMBERED)
 
     def begin(self, phase: Phase, step: int) -> None:

@@ -29,6 +29,7 @@ from dsft.fsio import write_bytes
 from dsft.launch.checks import Wanted
 from dsft.launch.environment import FILE_VARIABLE, environment_files, remove_secrets, travelling, write_environment
 from dsft.launch.hosts import kill_remote, write_hostfile
+from dsft.launch.memory import num_oom_kills, why_killed
 from dsft.launch.owner import read_run_state, wait_until_free
 from dsft.launch.preflight import Placement, place
 from dsft.launch.rank_log import first_error
@@ -89,6 +90,7 @@ class Start:
         vigil: over its ranks.
         old_attempt: what ``run_state.json`` named before.
         placement: its hosts; None: this host, without a hostfile.
+        oom_kills_before: of this host's kernel, before it began.
         seen: every process below it that was ever seen.
         hang: why it was ended, if it hung.
     """
@@ -97,6 +99,7 @@ class Start:
     vigil: Vigil
     old_attempt: str | None
     placement: Placement | None = None
+    oom_kills_before: int | None = None
     seen: set[psutil.Process] = field(default_factory=set)
     hang: str | None = None
 
@@ -197,10 +200,10 @@ def _begin(job: Job, resume: str | None) -> Start:
     command = command_of(job, placement, resume)
     logger.info("%s", shlex.join(command))
     vigil = Vigil(job.run_dir)
-    state = read_run_state(job.run_dir)
+    state, oom_kills = read_run_state(job.run_dir), num_oom_kills()
     # In a session of its own: Ctrl-C comes here alone and is passed on in order.
     process = subprocess.Popen(command, env=environ, start_new_session=True)
-    return Start(process, vigil, None if state is None else state["attempt"], placement)
+    return Start(process, vigil, None if state is None else state["attempt"], placement, oom_kills)
 
 
 def _wait(job: Job, start: Start, stop: StopFlag) -> None:
@@ -265,14 +268,23 @@ def judge(run_dir: Path, start: Start) -> tuple[int, str]:
     state: dict[str, Any] | None = read_run_state(run_dir)
     code = start.process.returncode
     if state is None or state["attempt"] == start.old_attempt:
-        return (code if code > 0 else EXIT_RUN_FAILED), f"deepspeed ended with {code} before the run began (see above)"
+        reason = f"deepspeed ended with {code} before the run began (see above)"
+        return (code if code > 0 else EXIT_RUN_FAILED), _with_cause(reason, start)
     failed = first_error(run_dir, state["attempt"]) if state["status"] in ("running", "failed") else None
-    if state["status"] == "running" and failed is not None and not failed.is_consequence:
-        return EXIT_RUN_FAILED, failed.describe()
+    if failed is not None and not failed.is_consequence:
+        return EXIT_RUN_FAILED if state["status"] == "running" else int(state["exit_code"]), failed.describe()
     if state["status"] == "running":
-        return EXIT_RUN_FAILED, f"the run died without a word after step {state['step']} (deepspeed ended with {code})"
-    what = state.get("error") or f"{state['status']} after step {state['step']}"
-    return int(state["exit_code"]), str(what) if failed is None else failed.describe()
+        reason = f"the run died without a word after step {state['step']} (deepspeed ended with {code})"
+        return EXIT_RUN_FAILED, _with_cause(reason, start)
+    if failed is not None:
+        return int(state["exit_code"]), _with_cause(failed.describe(), start)
+    return int(state["exit_code"]), str(state.get("error") or f"{state['status']} after step {state['step']}")
+
+
+def _with_cause(reason: str, start: Start) -> str:
+    """A rank that was killed could not say why."""
+    killed = why_killed(start.process.returncode, start.oom_kills_before)
+    return reason if killed is None else f"{reason}. {killed}"
 
 
 def is_over(run_dir: Path, start: Start) -> bool:

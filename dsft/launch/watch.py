@@ -103,7 +103,7 @@ class Watch:
             self._folder is not None and self._folder.is_owner and self._stop.requested is None
         ):  # one that knows will do
             self._look_for_file(self._folder.path / STOP_FILE_NAME)
-            if self._limit is not None and time.monotonic() > self._limit - self._stop_seconds():
+            if self._limit is not None and time.monotonic() > self._limit - self._stop_seconds(num_saves=2):
                 self._stop.request("--max-seconds")
 
     def _end_if_given_up(self) -> None:
@@ -138,9 +138,12 @@ class Watch:
         except ValueError:
             self._stop.request(f"the stop file {path}")
 
-    def _stop_seconds(self) -> float:
-        """How long a stop will take: the step that runs, the one that was agreed meanwhile, and the save."""
-        return 2 * (self._progress.median_step_seconds or 0.0) + (self._progress.save_seconds or 0.0)
+    def _stop_seconds(self, num_saves: int) -> float:
+        """How long a stop will take: the step that runs, the one that was agreed meanwhile, and so many saves.
+
+        Two, where one is in flight or may begin in these steps: it is finished before the last one begins.
+        """
+        return 2 * (self._progress.median_step_seconds or 0.0) + num_saves * (self._progress.save_seconds or 0.0)
 
     def _keep_the_deadline(self) -> None:
         if self._folder is None:
@@ -162,14 +165,19 @@ class Watch:
             except SaveError as error:
                 text += f" ({error})"
             self._end(text)
-        elif not self._deadline_said and self._progress.phase == "step" and self._stop_seconds() > left:
+        elif not self._deadline_said and self._progress.phase == "step":
+            is_saving = self._progress.is_saving
+            needed = self._stop_seconds(num_saves=1 + is_saving)
+            if needed <= left:
+                return
             self._deadline_said = True
             logger.warning(
-                "stop requested (%s): %.0f s are left, and two steps and a save take about %.0f s. This start may end "
-                "without saving; %s",
+                "stop requested (%s): %.0f s are left, and two steps%s and a save take about %.0f s. This start may "
+                "end without saving; %s",
                 self._stop.requested,
                 left,
-                self._stop_seconds(),
+                ", the save in flight" if is_saving else "",
+                needed,
                 standing(self._folder.checkpoint_step),
             )
 

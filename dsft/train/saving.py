@@ -190,6 +190,7 @@ class Saver:
             )
             self._num_tasks += 1
             self._snapshot = snapshot
+            self._progress.is_saving = True
             if snapshot.needs_all:
                 snapshot.secure()
 
@@ -205,18 +206,23 @@ class Saver:
             with self._stalled():
                 is_committed = pending.advance()
         except SaveError:
-            self._pending = self._snapshot = None
+            self._forget()
             raise
         if not is_committed:
             self._num_tasks += 1
             return False
-        self._pending = self._snapshot = None
+        self._forget()
         self.saved_step, self._num_failed_in_row = pending.step, 0
         self._progress.save_seconds = pending.write_seconds
         self._learn_cost(run, pending.step)
         seconds = {"stall_seconds": self._stall_seconds, "write_seconds": pending.write_seconds}
         run.recorder.write("checkpoint", {"step": pending.step, "path": str(pending.path), **seconds})
         return True
+
+    def _forget(self) -> None:
+        """No save is in flight any more."""
+        self._pending = self._snapshot = None
+        self._progress.is_saving = False
 
     def _learn_cost(self, run: Run, saved_step: int) -> None:
         """The save has cost the time for which training stood, and that by which its steps were slower than others."""

@@ -25,6 +25,7 @@ from dsft.evaluate.overfit import OverfitWatch
 from dsft.evaluate.run import HeldOutSet
 from dsft.fsio import write_json
 from dsft.launch.ancestors import Launcher
+from dsft.launch.memory import explained
 from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
 from dsft.launch.owner import RunFolder, RunStatus, read_run_state, take_run_folder
 from dsft.launch.progress import Progress
@@ -145,11 +146,14 @@ def start(config: RunConfig, options: Options, *, launcher: Launcher, local_rank
                 return EXIT_OK
             run, state = ready
             return _train(run, state, folder)
-        except BaseException as error:
+        except BaseException as caught:
+            error = explained(caught)
             log.write_error(error)
             if not options.dry_run:
                 _write_failure(folder, None if state is None else state.step, error)
-            raise
+            if error is caught:
+                raise
+            raise error from caught
         finally:
             watch.leave()
             log.close()

@@ -124,15 +124,32 @@ def test_before_the_run_has_its_folder_there_is_nothing_to_wait_for(capfd: pytes
     assert "stop requested (SIGTERM) before the run began" in capfd.readouterr().err
 
 
-def test_max_seconds_leaves_time_for_two_steps_and_a_save(tmp_path: Path) -> None:
+def test_max_seconds_leaves_time_for_two_steps_the_save_in_flight_and_one_more(tmp_path: Path) -> None:
     folder, stop, progress = take_run_folder(tmp_path, ALONE), StopFlag(), Progress()
-    progress.save_seconds = 1000.0
+    progress.save_seconds = 500.0
     with Watch(stop, progress, NOBODY, rank=0, max_seconds=900.0) as watch:
         watch.take(folder)
         until(lambda: stop.requested)
     assert stop.requested == "--max-seconds"
     assert stop.deadline is None  # nobody kills the run at that time: a save that takes longer may end
     folder.release()
+
+
+@pytest.mark.parametrize("is_saving", [False, True])
+def test_time_that_is_enough_for_one_save_is_short_while_another_is_in_flight(
+    tmp_path: Path, is_saving: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, stop, progress = take_run_folder(tmp_path, ALONE), StopFlag(), Progress()
+    progress.save_seconds, progress.is_saving = 600.0, is_saving
+    progress.begin("step", 1)
+    with Watch(stop, progress, NOBODY, rank=0, max_seconds=None) as watch:
+        watch.take(folder)
+        stop.request("SIGTERM", 1000.0)
+        until(lambda: len(read_beats(tmp_path)) and read_beats(tmp_path)[0].number >= 2)  # it has looked
+    folder.release()
+    said = [record.getMessage() for record in caplog.records if "without saving" in record.getMessage()]
+    assert len(said) == is_saving
+    assert all("two steps, the save in flight and a save take about 1200 s" in text for text in said)
 
 
 def test_a_stopped_process_is_found_and_named_with_its_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
