@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 LOCK_NAME = "owner.lock"
 STATE_NAME = "run_state.json"
+_DYING_SECONDS = 3.0
+"""A process that was killed keeps its lock until its last thread is gone; the storm saw a start that was faster."""
 RunStatus = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -103,6 +105,7 @@ def take_run_folder(path: Path, groups: Groups) -> RunFolder:
     if groups.rank == 0:
         try:
             path.mkdir(parents=True, exist_ok=True)
+            wait_until_free(path, _DYING_SECONDS)
             descriptor = _take(path / LOCK_NAME, attempt)
         except OSError as failure:
             error = save_error(path, failure)

@@ -19,7 +19,7 @@ from dsft.sampling.plan import Planner
 from dsft.sampling.types import Cursor, PlannedSource, Stage
 from dsft.store.reader import SourceStore
 from tests.support.restore import assert_restores_at_every_step
-from tests.support.stores import text_document, write_store
+from tests.support.stores import two_stores
 
 COST = partial(pack_cost, a=1.0, b=0.01)
 
@@ -31,16 +31,7 @@ def _native() -> None:
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[SourceStore, ...]:
-    rng, folder = np.random.default_rng(1), tmp_path_factory.mktemp("stores")
-    return tuple(
-        write_store(
-            folder / name,
-            [text_document(rng.integers(0, 900, n)) for n in rng.integers(1, longest, 80)],
-            num_shards=4,
-            name=name,
-        )
-        for name, longest in (("a", 60), ("b", 200))
-    )
+    return two_stores(tmp_path_factory.mktemp("stores"), num_shards=4)
 
 
 def make_planner(stores: tuple[SourceStore, ...], train_tokens: int = 8000) -> Planner:

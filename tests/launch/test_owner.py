@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ def test_a_second_live_run_is_refused_and_a_dead_one_taken_over(
         mine = take_run_folder(folder, ALONE)
     assert f"process {child}" in caplog.text
     assert mine.is_owner
+    mine.release()
+
+
+def test_an_owner_that_is_just_dying_is_waited_for(tmp_path: Path) -> None:
+    child = fork_owner(tmp_path)
+    timer = threading.Timer(0.5, kill, [child])
+    timer.start()
+    mine = take_run_folder(tmp_path, ALONE)
+    timer.join()
     mine.release()
 
 

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dsft import remote
 from dsft.errors import DataError
 from dsft.store.reader import SourceStore
 from tests.batch.test_loader import content, make_loader, make_planner, read
 from tests.support.remote_store import cached_bytes, open_remote_store, serve
-from tests.support.stores import text_document, write_store
-from tests.support.web_server import WebServer, web_server
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
-    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.001)
-    with web_server() as running:
-        yield running
+from tests.support.stores import text_document, two_stores, write_store
+from tests.support.web_server import WebServer
 
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[SourceStore, ...]:
-    rng, folder = np.random.default_rng(1), tmp_path_factory.mktemp("stores")
-    return tuple(
-        write_store(
-            folder / name,
-            [text_document(rng.integers(0, 900, n)) for n in rng.integers(1, longest, 80)],
-            num_shards=8,
-            name=name,
-        )
-        for name, longest in (("a", 60), ("b", 200))
-    )
+    return two_stores(tmp_path_factory.mktemp("stores"), num_shards=8)
 
 
 @pytest.mark.parametrize("max_bytes", [10**9, 5000])

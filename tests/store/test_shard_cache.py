@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsft import remote
 from dsft.errors import DamagedFileError, DataError
 from dsft.store.reader import SourceStore
 from tests.support.remote_store import cached_bytes, open_remote_store, serve
 from tests.support.stores import text_document, write_store
-from tests.support.web_server import Fault, WebServer, web_server
+from tests.support.web_server import Fault, WebServer
 
 NUM_SHARDS = 6
 SHARD_TOKENS = 40_000  # 80,000 bytes: two blocks
@@ -33,13 +32,6 @@ from tests.support.remote_store import open_remote_store
 store = open_remote_store(sys.argv[1], Path(sys.argv[2]))
 print(*(zlib.crc32(store.tokens(shard).data) for shard in range(store.num_shards)))
 """
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
-    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.001)
-    with web_server() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

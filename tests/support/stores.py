@@ -42,3 +42,18 @@ def write_store(
     )
     write_manifest(folder, manifest)
     return SourceStore(folder)
+
+
+def two_stores(folder: Path, num_shards: int) -> tuple[SourceStore, SourceStore]:
+    """Stores ``a`` (short documents) and ``b`` (longer ones) of 80 documents each."""
+    rng = np.random.default_rng(1)
+    a, b = (
+        write_store(
+            folder / name,
+            [text_document(rng.integers(0, 900, n)) for n in rng.integers(1, longest, 80)],
+            num_shards=num_shards,
+            name=name,
+        )
+        for name, longest in (("a", 60), ("b", 200))
+    )
+    return a, b
