@@ -49,7 +49,7 @@ echo "Installing dsft into .venv (the first time, torch alone is some hundred MB
 mkdir -p .venv
 : >"$log"
 step "making .venv" "$python" -m venv .venv
-step "installing dsft and its libraries" .venv/bin/python -m pip install -c constraints.txt -e '.[dev,eval,tensorboard]'
+step "installing dsft and its libraries" .venv/bin/python -m pip install -c constraints.txt -e '.[dev,eval,lm-eval,tensorboard,wandb,mlflow]'
 step "building dsft's operations" .venv/bin/dsft ops build
 if command -v nvidia-smi >/dev/null; then
   step "building DeepSpeed's operations" .venv/bin/python -m dsft.launch.native_ops --cuda

@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from transformers import LlamaConfig
 
 from dsft.model.flops import model_cost
-from dsft.sampling.balance import deal, pack_cost
+from dsft.sampling.balance import deal, pack_costs
 from dsft.sampling.plan import Planner
 from dsft.sampling.types import Pieces, PlannedSource, Stage
 
@@ -58,7 +59,9 @@ def in_plan_order(packs: Sequence[Pieces]) -> list[list[tuple[int, ...]]]:
     return [[(number,) for number in range(first, first + NUM_RANKS)] for first in range(0, len(packs), NUM_RANKS)]
 
 
-def measure(num_micro_batches: int, num_steps: int, cost: Callable[[Pieces], float]) -> dict[str, float]:
+def measure(
+    num_micro_batches: int, num_steps: int, costs_of: Callable[[Sequence[Pieces]], list[float]]
+) -> dict[str, float]:
     """The ratio with packs dealt and in the plan's order, over whole steps."""
     slowest = {"balanced": 0.0, "unbalanced": 0.0}
     mean = 0.0
@@ -66,10 +69,10 @@ def measure(num_micro_batches: int, num_steps: int, cost: Callable[[Pieces], flo
     for step in planner.steps(planner.start()):
         if len(step.packs) < num_micro_batches * NUM_RANKS:
             break
-        costs = np.array([cost(pack) for pack in step.packs])
+        costs = np.array(costs_of(step.packs))
         mean += costs.sum() / NUM_RANKS
         for name, dealt in {
-            "balanced": deal(step.packs, cost, NUM_RANKS, 1),
+            "balanced": deal(costs.tolist(), NUM_RANKS, 1),
             "unbalanced": in_plan_order(step.packs),
         }.items():
             slowest[name] += sum(max(costs[list(hand)].sum() for hand in hands) for hands in dealt)
@@ -82,9 +85,9 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="10 times the steps")
     num_packs = 128 * (500 if parser.parse_args().full else 50)
     model = model_cost(LLAMA_8B)
-    costs: dict[str, Callable[[Pieces], float]] = {
-        "llama_8b": lambda pack: pack_cost(pack, model.flops_per_token, model.flops_per_token_pair),
-        "sum_of_squares": lambda pack: pack_cost(pack, 0.0, 1.0),
+    costs: dict[str, Callable[[Sequence[Pieces]], list[float]]] = {
+        "llama_8b": partial(pack_costs, a=model.flops_per_token, b=model.flops_per_token_pair),
+        "sum_of_squares": partial(pack_costs, a=0.0, b=1.0),
     }
     results = {
         name: {f"micro_batches_{m}": measure(m, num_packs // (m * NUM_RANKS), cost) for m in (16, 4, 1)}

@@ -5,13 +5,15 @@
 - ``final_save_ratio``: a save that is waited for until it is on the disk (end of a run, stop) / DeepSpeed's, which
   does not wait for the disk.
 - ``load_ratio``: loading at three ranks what two have saved / DeepSpeed's ``load_checkpoint`` at the same two. Both
-  from a dropped page cache, into a fresh engine.
+  from a dropped page cache, into a fresh engine. Median of the loads, taken in turn; ``load_processor_ratio``: of the
+  processor time of all ranks, which tells less of what else the machine does.
 - ``read_ratio``: bytes read by all ranks in that load / 12 bytes a parameter.
 - ``slowdown_ratio``: 20 steps with one save among them, committed at their end / 20 steps without.
 - ``local_stall_ratio``, ``local_final_save_ratio``: a save onto a disk of each host with a copy on the next host
   (``checkpoint.local_dir``; here two folders of one disk) / dsft's own save into one folder, as above.
-- ``extra_memory_mib``: growth of a rank's resident memory during a save, at its peak (the larger rank), of which
-  ``snapshot_mib`` is memory that is kept for the next save (``checkpoint.snapshot_bytes``: at most so much).
+- ``extra_memory_mib``: by how much the most resident memory of ten steps with two saves in flight is above that of ten
+  steps before the first save (the larger rank; steps alone differ by up to 50 MiB), of which ``snapshot_mib`` is
+  memory that is kept for the next save (``checkpoint.snapshot_bytes``: at most so much).
 
 ``--full`` uses 100 million parameters instead of 20. The last line is one JSON object.
 """
@@ -34,8 +36,14 @@ from typing import Any
 
 WIDTH = 1024
 NUM_LAYERS, FULL_NUM_LAYERS = 19, 95
-NUM_SAVES = 3
+NUM_SAVES = NUM_LOADS = 3
 NUM_STEPS = 20
+NUM_STEPS_IN_FLIGHT = 5
+"""Taken from the begin of a save on; it is committed in so many."""
+NUM_WARM_UP_STEPS = 5
+"""The memory of a rank grows over the first steps."""
+NUM_MEMORY_SAVES = 2
+"""The first one allocates what is kept; a second one would show what grows."""
 RESHAPED_RANKS = 3
 
 
@@ -82,10 +90,24 @@ def seconds_of(groups: Any, action: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
+def load_seconds(groups: Any, action: Callable[[], object]) -> tuple[float, float]:
+    """As :func:`seconds_of`, and the processor time of all ranks."""
+    begin = time.process_time()
+    seconds = seconds_of(groups, action)
+    return seconds, sum(groups.all_gather_object(time.process_time() - begin))
+
+
 def memory_bytes(field: str) -> int:
     """``VmRSS`` or ``VmHWM`` (its peak) of this process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
+
+
+def peak_bytes(action: Callable[[], object]) -> int:
+    """The most resident memory of this process while it acts."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    action()
+    return memory_bytes("VmHWM")
 
 
 def drop_page_cache(folder: Path) -> None:
@@ -154,6 +176,12 @@ class Saves:
         self.begin()
         self.finish()
 
+    def save_while_training(self) -> None:
+        """One save, and steps from its beginning on."""
+        self.begin()
+        self.train(NUM_STEPS_IN_FLIGHT)
+        self.finish()
+
 
 def measure_saves(groups: Any, folder: Path, num_layers: int) -> dict[str, Any]:
     """Both kinds of save in turn, and what one save does to 20 steps. Leaves one checkpoint of each kind."""
@@ -163,7 +191,7 @@ def measure_saves(groups: Any, folder: Path, num_layers: int) -> dict[str, Any]:
     from dsft.dist import without_prints
 
     engine = make_engine(num_layers)
-    train(engine, 2)
+    train(engine, NUM_WARM_UP_STEPS)
     limit_bytes = CheckpointSection().snapshot_bytes
     memory = SnapshotMemory(limit_bytes)
     saves = Saves(engine, groups, folder / "dsft", memory)
@@ -177,46 +205,44 @@ def measure_saves(groups: Any, folder: Path, num_layers: int) -> dict[str, Any]:
         with without_prints():
             engine.save_checkpoint(str(folder / "deepspeed"), tag="same", save_latest=False)
 
-    stalls, finals, theirs, growth_bytes = [], [], [], 0
+    plain_bytes = peak_bytes(lambda: train(engine, NUM_MEMORY_SAVES * NUM_STEPS_IN_FLIGHT))
+    peaks, first_stalls = [], []
+    for _ in range(NUM_MEMORY_SAVES):
+        peaks.append(peak_bytes(saves.save_while_training))
+        first_stalls.append(max(groups.all_gather_object(saves.stall_seconds)))
+    stalls, finals, theirs = [], [], []
     local_stalls, local_finals = [], []
     for _ in range(NUM_SAVES):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before_bytes = memory_bytes("VmRSS")
         saves.begin()
-        saves.train(NUM_STEPS // 2)
+        saves.train(NUM_STEPS_IN_FLIGHT)
         stalls.append(max(groups.all_gather_object(saves.stall_seconds)))
         saves.finish()
-        growth_bytes = max(growth_bytes, memory_bytes("VmHWM") - before_bytes)
         theirs.append(seconds_of(groups, save_theirs))
         finals.append(seconds_of(groups, saves.save))
         local_saves.begin()
-        local_saves.train(NUM_STEPS // 2)
+        local_saves.train(NUM_STEPS_IN_FLIGHT)
         local_stalls.append(max(groups.all_gather_object(local_saves.stall_seconds)))
         local_saves.finish()
         local_finals.append(seconds_of(groups, local_saves.save))
     plain_seconds = seconds_of(groups, lambda: train(engine, NUM_STEPS))
 
     def train_and_save() -> None:
-        train(engine, NUM_STEPS // 2)
-        saves.begin()
-        saves.train(NUM_STEPS // 2)
-        saves.finish()
+        train(engine, NUM_STEPS - NUM_STEPS_IN_FLIGHT)
+        saves.save_while_training()
 
     with_save_seconds = seconds_of(groups, train_and_save)
     saves.save()
     save_theirs()  # of the same step, for the loads
-    if groups.rank == 0:
-        drop_page_cache(folder)
     kept_bytes = len(memory.take(0, pinned=False))
     return {
         "num_parameters": sum(parameter.ds_numel for parameter in engine.module.parameters()),
         "step_seconds": plain_seconds / NUM_STEPS,
-        "first_stall_seconds": stalls[0],
+        "first_stall_seconds": first_stalls[0],
         "stall_seconds": statistics.median(stalls),
         "final_save_seconds": statistics.median(finals),
         "deepspeed_save_seconds": statistics.median(theirs),
         "slowdown_ratio": with_save_seconds / plain_seconds,
-        "extra_memory_mib": max(groups.all_gather_object(growth_bytes)) / 2**20,
+        "extra_memory_mib": max(groups.all_gather_object(max(peaks) - plain_bytes)) / 2**20,
         "snapshot_mib": kept_bytes / 2**20,
         "snapshot_limit_mib": limit_bytes / 2**20,
         "local_stall_seconds": statistics.median(local_stalls),
@@ -237,8 +263,12 @@ def measure_load(groups: Any, folder: Path, num_layers: int) -> dict[str, Any]:
         return int(Path("/proc/self/io").read_text().split()[1])  # rchar: what read calls returned
 
     before_bytes = read_bytes()
-    load_seconds = seconds_of(groups, lambda: load_engine(engine, checkpoint, groups))
-    return {"load_seconds": load_seconds, "bytes_read": sum(groups.all_gather_object(read_bytes() - before_bytes))}
+    seconds, processor_seconds = load_seconds(groups, lambda: load_engine(engine, checkpoint, groups))
+    return {
+        "load_seconds": seconds,
+        "load_processor_seconds": processor_seconds,
+        "bytes_read": sum(groups.all_gather_object(read_bytes() - before_bytes)),
+    }
 
 
 def measure_deepspeed_load(groups: Any, folder: Path, num_layers: int) -> dict[str, Any]:
@@ -247,8 +277,10 @@ def measure_deepspeed_load(groups: Any, folder: Path, num_layers: int) -> dict[s
 
     engine = make_engine(num_layers)
     with without_prints():
-        seconds = seconds_of(groups, lambda: engine.load_checkpoint(str(folder / "deepspeed"), tag="same"))
-    return {"deepspeed_load_seconds": seconds}
+        seconds, processor_seconds = load_seconds(
+            groups, lambda: engine.load_checkpoint(str(folder / "deepspeed"), tag="same")
+        )
+    return {"deepspeed_load_seconds": seconds, "deepspeed_load_processor_seconds": processor_seconds}
 
 
 PHASES = {"saves": measure_saves, "load": measure_load, "deepspeed_load": measure_deepspeed_load}
@@ -306,13 +338,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name).absolute()
         found = run_phase("saves", 2, folder, num_layers)
-        found |= run_phase("load", RESHAPED_RANKS, folder, num_layers)
-        found |= run_phase("deepspeed_load", 2, folder, num_layers)
+        loads = []
+        for _ in range(NUM_LOADS):
+            drop_page_cache(folder)
+            ours = run_phase("load", RESHAPED_RANKS, folder, num_layers)
+            drop_page_cache(folder)
+            loads.append(ours | run_phase("deepspeed_load", 2, folder, num_layers))
+        found |= {key: statistics.median(one[key] for one in loads) for key in loads[0]}
     found["stall_ratio"] = found["stall_seconds"] / found["deepspeed_save_seconds"]
     found["final_save_ratio"] = found["final_save_seconds"] / found["deepspeed_save_seconds"]
     found["local_stall_ratio"] = found["local_stall_seconds"] / found["stall_seconds"]
     found["local_final_save_ratio"] = found["local_final_save_seconds"] / found["final_save_seconds"]
     found["load_ratio"] = found["load_seconds"] / found["deepspeed_load_seconds"]
+    found["load_processor_ratio"] = found["load_processor_seconds"] / found["deepspeed_load_processor_seconds"]
     found["read_ratio"] = found["bytes_read"] / (12 * found["num_parameters"])
     print(json.dumps({key: round(value, 4) for key, value in found.items()}))
 

@@ -3,8 +3,9 @@
 Each case is a run of ``dsft train`` in a process of its own: the first optimizer steps of a Llama from scratch under
 ZeRO 1, 2 or 3, with the optimizer offloaded or not. Measured is the process's peak resident memory minus what it held
 after its imports; predicted is ``dsft estimate`` for the same file. Without arguments one small model and three cases;
-``--full``: 100, 300 and 600 million parameters in all six, which takes 26 GB of free memory. The last line is one JSON
-object: bytes, and the error of each prediction.
+``--full``: 100, 300 and 600 million parameters in all six. A case that needs more memory than is free, less 4 GiB, is
+skipped and named. With ``--cases FOLDER`` each case's result is a file there, and those that are there are not measured
+again. The last line is one JSON object: bytes, and the error of each prediction.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from dsft.advise.estimate import Assumptions, estimate
 from dsft.advise.machines import parse_hosts
 from dsft.config.load import load_config
@@ -33,8 +36,11 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {
     "600M": (1536, 4096, 19, 16),
 }
 """Name -> hidden size, intermediate size, layers, heads."""
-VOCABULARY, PACK_TOKENS, NUM_STEPS = 16_000, 128, 3
+VOCABULARY, PACK_TOKENS, NUM_STEPS = 16_000, 128, 2
 LIMIT_SECONDS = 1800.0
+SPARE_BYTES, LAST_BYTES = 4 * 2**30, 2 * 2**30
+"""Free memory that a case must leave by its prediction, and the least at which it is ended, because others took it: a
+machine that runs out of memory ends more than the benchmark."""
 RUN_YAML = """\
 run: {{name: estimate, dir: run}}
 model:
@@ -70,10 +76,11 @@ dsft.train.start.start(config, dsft.train.start.Options(), launcher=Launcher.fin
 """
 
 
-def measure(folder: Path) -> int:
+def measure(folder: Path) -> int | None:
     """Bytes that training adds to a process after its imports, at its peak in the first steps.
 
-    The run itself records its peak after each step. It is ended then: a closing save would only fill the disk.
+    The run itself records its peak after each step. It is ended then: a closing save would only fill the disk. None
+    where others took so much memory meanwhile that it had to be ended before.
     """
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     metrics = folder / "run" / "metrics.jsonl"
@@ -82,6 +89,8 @@ def measure(folder: Path) -> int:
         deadline = time.monotonic() + LIMIT_SECONDS
         try:
             while not (peaks := _step_peaks(metrics))[NUM_STEPS - 1 :]:
+                if psutil.virtual_memory().available < LAST_BYTES:
+                    return None
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
                     sys.exit(f"the run ended (or hung) before step {NUM_STEPS}:\n{log.read()[-4000:]}")
@@ -100,8 +109,12 @@ def _step_peaks(metrics: Path) -> list[int]:
     return [record["peak_memory_bytes"] for record in map(json.loads, lines) if record["kind"] == "step"]
 
 
-def compare(folder: Path, size: str, stage: int, offload: str) -> dict[str, Any]:
-    """One case: predicted and measured bytes, and the prediction's relative error."""
+def compare(folder: Path, kept: Path | None, size: str, stage: int, offload: str) -> dict[str, Any]:
+    """One case: predicted and measured bytes, and the prediction's relative error.
+
+    What ``kept`` has of it from another run is not measured again; the prediction is always made anew. Where memory is
+    short ``measured_bytes`` and ``error`` are None, and ``skipped`` says why.
+    """
     hidden, inner, layers, heads = SHAPES[size]
     text = RUN_YAML.format(
         hidden=hidden, inner=inner, layers=layers, heads=heads, vocabulary=VOCABULARY, tokens=PACK_TOKENS, stage=stage,
@@ -111,16 +124,30 @@ def compare(folder: Path, size: str, stage: int, offload: str) -> dict[str, Any]
     shutil.rmtree(folder / "run", ignore_errors=True)
     config = load_config(folder / "run.yaml")
     result = estimate(config, parse_hosts("1x1xCPU-64GB"), Assumptions(), [])
-    predicted, measured = result.written.memory.peak("host"), measure(folder)
-    return {
+    predicted = result.written.memory.peak("host")
+    case: dict[str, Any] = {
         "model": size,
         "parameters": result.shape.num_parameters,
         "zero": stage,
         "offload_optimizer": offload,
         "predicted_bytes": predicted,
-        "measured_bytes": measured,
-        "error": round(predicted / measured - 1, 4),
     }
+    file = None if kept is None else kept / f"{size}-zero{stage}-{offload}.json"
+    if file is not None and file.is_file():
+        measured = int(json.loads(file.read_text()))
+        return {**case, "measured_bytes": measured, "error": round(predicted / measured - 1, 4)}
+    available = psutil.virtual_memory().available
+    if predicted + SPARE_BYTES > available:
+        asked = (predicted + SPARE_BYTES) / 1e9
+        skipped = f"{available / 1e9:.1f} GB of memory are free, and {asked:.1f} are asked for"
+        return {**case, "measured_bytes": None, "error": None, "skipped": skipped}
+    peak = measure(folder)
+    if peak is None:
+        return {**case, "measured_bytes": None, "error": None, "skipped": "others took the memory while it ran"}
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{peak}\n")
+    return {**case, "measured_bytes": peak, "error": round(predicted / peak - 1, 4)}
 
 
 def main() -> None:
@@ -128,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="100, 300 and 600 million parameters, all six ways")
     parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), help="only these models, all six ways")
+    parser.add_argument("--cases", type=Path, metavar="FOLDER", help="keep what was measured, and go on from there")
     arguments = parser.parse_args()
     cases = [("40M", 1, "none"), ("40M", 2, "cpu"), ("40M", 3, "cpu")]
     if arguments.full or arguments.sizes:
@@ -143,13 +171,16 @@ def main() -> None:
         # DeepSpeed's operations must be there: building them takes a minute, and `make install` has done it.
         subprocess.run([sys.executable, "-m", "dsft.launch.native_ops"], check=True, capture_output=True)
         for size, stage, offload in cases:
-            one = compare(folder, size, stage, offload)
+            one = compare(folder, arguments.cases, size, stage, offload)
             results.append(one)
-            sizes_gb = f"predicted {one['predicted_bytes'] / 1e9:.2f} GB, measured {one['measured_bytes'] / 1e9:.2f} GB"
-            print(
-                f"{size} ZeRO {stage}, offload_optimizer {offload}: {sizes_gb}, error {one['error']:+.1%}", flush=True
+            said = (
+                f"{size} ZeRO {stage}, offload_optimizer {offload}: predicted {one['predicted_bytes'] / 1e9:.2f} GB, "
             )
-    worst = max(abs(one["error"]) for one in results)
+            if one["measured_bytes"] is None:
+                print(said + f"skipped: {one['skipped']}", flush=True)
+            else:
+                print(said + f"measured {one['measured_bytes'] / 1e9:.2f} GB, error {one['error']:+.1%}", flush=True)
+    worst = max((abs(one["error"]) for one in results if one["error"] is not None), default=None)
     print(json.dumps({"benchmark": "estimate", "unit": "bytes", "worst_error": worst, "cases": results}))
 
 

@@ -2,21 +2,30 @@
 
 The loader plans, packs, reads, lays rows out with positions, document borders and supervised rows, and hashes what it
 made. Beside it: a bare gather of the same spans of the same token files from ``numpy.memmap`` into one array a pack,
-and Hugging Face ``datasets`` over the same documents, shuffled and concatenated to rows without borders. The files lie
-in the page cache. Speeds are by processor time of the process, so by one core. ``fraction_of_memmap`` is the loader's
-speed over the gather's: the median of rounds in which one is measured right after the other. The last line is one JSON
-object.
+and the other loaders that are installed (``loader_peers.py``: datasets, litdata, mosaicml-streaming) over the same
+tokens, whose rows have no borders. The files lie in the page cache. Speeds are by processor time of the process, so by
+one core. ``fraction_of_memmap`` is the loader's speed over the gather's: the median of rounds in which one is measured
+right after the other. ``over_peers`` is the loader's median speed over a peer's. The last line is one JSON object.
+
+mosaicml-streaming needs versions of numpy and transformers that dsft does not take, and both it and litdata bring
+torchvision, which must be of the same build as torch: give each an interpreter of its own, ``python -m venv V;
+V/bin/pip install litdata torch``, then ``--peer-python V/bin/python``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +34,7 @@ import torch
 from dsft.batch.collate import BatchSpec
 from dsft.batch.loader import Loader
 from dsft.ops import backend
-from dsft.sampling.balance import pack_cost
+from dsft.sampling.balance import pack_costs
 from dsft.sampling.plan import Planner
 from dsft.sampling.types import Cursor, PlannedSource, Stage
 from dsft.store.collect import collect_manifest
@@ -82,7 +91,7 @@ def make_loader(store: SourceStore) -> Loader:
     """The loader of a training process of one rank."""
     spec = BatchSpec((store,), (1.0,), "token", PACK_TOKENS, pad_id=0)
     return Loader(
-        make_planner(store), spec, rank=0, num_ranks=1, micro_batch_packs=1, cost=lambda pack: pack_cost(pack, 1.0, 0.0)
+        make_planner(store), spec, rank=0, num_ranks=1, micro_batch_packs=1, costs=partial(pack_costs, a=1.0, b=0.0)
     )
 
 
@@ -120,45 +129,36 @@ def measure_memmap(store: SourceStore) -> float:
     return round(tokens / (time.process_time() - processor))
 
 
-def rows_of(streams: Iterator[npt.NDArray[np.int32]]) -> Iterator[torch.Tensor]:
-    """Documents one after the other, cut into rows of a pack's length: int64[1, PACK_TOKENS]."""
-    waiting: list[npt.NDArray[np.int32]] = []
-    have = 0
-    for ids in streams:
-        waiting.append(ids)
-        have += len(ids)
-        while have >= PACK_TOKENS:
-            joined = np.concatenate(waiting)
-            yield torch.from_numpy(joined[:PACK_TOKENS].astype(np.int64))[None]
-            waiting, have = [joined[PACK_TOKENS:]], have - PACK_TOKENS
+def write_documents(folder: Path, num_tokens: int) -> None:
+    """The documents as every peer's interpreter can read them."""
+    folder.mkdir()
+    whole = list(documents(num_tokens))
+    np.save(folder / "lengths.npy", np.array([len(ids) for ids in whole], dtype=np.int32))
+    np.save(folder / "tokens.npy", np.concatenate(whole).astype(np.uint16))
 
 
-def measure_stream(stream: Iterator[npt.NDArray[np.int32]]) -> float:
-    """Tokens per second of rows made from a peer's shuffled documents."""
-    processor = time.process_time()
-    tokens = sum(row.numel() for row in rows_of(stream))
-    return round(tokens / (time.process_time() - processor))
-
-
-def measure_datasets(folder: Path, num_tokens: int) -> float:
-    """Hugging Face datasets: an Arrow table, shuffled, as numpy."""
-    import datasets
-    import pyarrow
-    import pyarrow.parquet
-
-    path = folder / "documents.parquet"
-    ids = pyarrow.array(list(documents(num_tokens)), pyarrow.list_(pyarrow.int32()))
-    pyarrow.parquet.write_table(pyarrow.table({"ids": ids}), path, row_group_size=1000)
-    datasets.disable_progress_bars()
-    table = datasets.Dataset.from_parquet(str(path), cache_dir=str(folder / "datasets")).with_format("numpy")
-    return measure_stream(row["ids"] for row in table.shuffle(seed=17))
+def measure_peers(python: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """What ``loader_peers.py`` measures in an interpreter."""
+    program = Path(__file__).with_name("loader_peers.py")
+    with tempfile.TemporaryDirectory(dir=folder) as made:  # what one interpreter's peers wrote is not another's
+        for path in folder.glob("*.npy"):
+            os.link(path, Path(made) / path.name)
+        command = [python, str(program), made]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": made}
+        if python != sys.executable:
+            environment.pop("PYTHONPATH", None)  # of this interpreter's packages
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> None:
     """Measure, print, and end with one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="25 times the tokens")
-    num_tokens = 200_000_000 if parser.parse_args().full else 8_000_000
+    parser.add_argument("--peer-python", action="append", default=[], help="another interpreter with peers in it")
+    arguments = parser.parse_args()
+    num_tokens = 200_000_000 if arguments.full else 8_000_000
     torch.set_num_threads(1)
     backend.choose("native")
     with tempfile.TemporaryDirectory(prefix="dsft-loader-") as name:
@@ -172,15 +172,22 @@ def main() -> None:
         memmap, best = max(rounds, key=lambda pair: pair[1]["tokens_per_second"])
         print(f"loader: first pass {first}, then {best}; memmap gather: {memmap} tokens per second")
         print(f"fractions of the gather: {sorted(fractions)}")
-        peer = measure_datasets(folder, num_tokens)
-        print(f"datasets: {peer} tokens per second")
+        write_documents(folder / "peers", num_tokens)
+        peers: dict[str, dict[str, Any]] = {}
+        for python in [sys.executable, *arguments.peer_python]:
+            peers |= measure_peers(python, folder / "peers")
+        print(f"peers: {peers}")
+    speed = statistics.median(run["tokens_per_second"] for _, run in rounds)
     result = {
         "benchmark": "loader",
         **best,
         "first_pass_tokens_per_second": first["tokens_per_second"],
         "memmap_tokens_per_second": memmap,
         "fraction_of_memmap": statistics.median(fractions),
-        "datasets": peer,
+        "median_tokens_per_second": speed,
+        **{name: peer["tokens_per_second"] for name, peer in peers.items()},
+        "over_peers": {name: round(speed / peer["tokens_per_second"], 3) for name, peer in peers.items()},
+        "peers": peers,
     }
     print(json.dumps(result))
 

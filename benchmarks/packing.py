@@ -2,8 +2,8 @@
 
 Lengths are lognormal (mean 700 tokens, sigma 1, at least 8), drawn in random order and packed in windows of 65,536
 documents by best-fit-decreasing: the planner that training uses, with its native parts. Beside it: packs of 65,536
-tokens, the whole list at once, the planner's Python reference, steps as the loader takes them, and TRL's own packer
-where TRL is installed.
+tokens, the packings that keep the order, the whole list at once, the planner's Python reference, steps as the loader
+takes them, and TRL's own packer where TRL is installed. "docs" of concat_and_split are pieces.
 
 ``docs_per_second`` is by processor time of the one thread that works (``docs_per_second_wall``: by the clock, which a
 loaded machine slows). ``bytes_per_doc`` is the growth of the process while the whole list is packed at once, over its
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsft.ops import backend
-from dsft.sampling.packing import best_fit_decreasing
+from dsft.sampling.packing import PackingMethod, best_fit_decreasing
 from dsft.sampling.plan import Planner
 from dsft.sampling.types import PlannedSource, Stage
 
@@ -43,7 +43,12 @@ def draw_lengths(count: int, pack_tokens: int) -> npt.NDArray[np.int32]:
     return lengths
 
 
-def make_planner(lengths: npt.NDArray[np.int32], pack_tokens: int, window_tokens: int | None = None) -> Planner:
+def make_planner(
+    lengths: npt.NDArray[np.int32],
+    pack_tokens: int,
+    window_tokens: int | None = None,
+    packing: PackingMethod = "best_fit_decreasing",
+) -> Planner:
     """A planner of one pass over the documents."""
     shards = np.array_split(lengths, NUM_SHARDS)
     return Planner(
@@ -57,6 +62,7 @@ def make_planner(lengths: npt.NDArray[np.int32], pack_tokens: int, window_tokens
         group_shards=16,
         overlong="split",
         train_tokens=int(lengths.sum(dtype=np.int64)),
+        packing=packing,
     )
 
 
@@ -163,6 +169,11 @@ def main() -> None:
     print(f"steps of 128 packs: {steps} documents per second")
     default_window = measure_windows(make_planner(lengths[:1_000_000], 8192, 16_000_000), 8192)
     print(f"the default window (16,000,000 tokens): {default_window}")
+    in_order: dict[str, dict[str, float]] = {}
+    methods: tuple[PackingMethod, ...] = ("next_fit", "concat_and_split")
+    for method in methods:
+        in_order[method] = measure_windows(make_planner(lengths[:1_000_000], 8192, packing=method), 8192)
+        print(f"{method}: {in_order[method]}")
     trl = measure_trl(lengths[: few // 5], 8192)
     print(f"TRL: {trl}")
     long_lengths = draw_lengths(10_000_000, 65_536)
@@ -179,6 +190,7 @@ def main() -> None:
         "steps_docs_per_second": steps,
         "default_window": default_window,
         "packs_of_65536": long_packs,
+        **in_order,
         "python_reference": reference,
         "trl": trl,
     }

@@ -29,6 +29,8 @@ STALL_SECONDS = 60.0
 FIRST_PAUSE_SECONDS = 0.5
 MAX_ATTEMPTS = 6
 """Pauses double: with 0.5 s first, a server may be away for 15 s."""
+_GCSFS_ROUNDS = 2
+"""gcsfs makes six attempts itself, with pauses of 31 s in all, and has no setting for it."""
 
 _LISTING_THREADS = 16
 _VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "Content-MD5", "generation", "Last-Modified", "mtime", "created")
@@ -59,17 +61,17 @@ def list_remote(url: str, suffixes: tuple[str, ...]) -> Iterator[RemoteEntry]:
     system.invalidate_cache()
     is_web = url.startswith("http")
     if any(character in url for character in "*?["):
-        found = _retried(url, lambda: system.glob(url, detail=True))
+        found = retried(url, lambda: system.glob(url, detail=True))
     elif is_web and url.endswith(suffixes):
         found = {url: {}}  # asked for its size below
-    elif is_web or _retried(url, lambda: system.isdir(url)):
-        found = _retried(url, lambda: system.find(url, detail=True))
+    elif is_web or retried(url, lambda: system.isdir(url)):
+        found = retried(url, lambda: system.find(url, detail=True))
     else:
-        found = {url: _retried(url, lambda: system.info(url))}
+        found = {url: retried(url, lambda: system.info(url))}
     infos = {system.unstrip_protocol(path): info for path, info in found.items() if path.endswith(suffixes)}
     if is_web:  # an index page has neither sizes nor versions
         with ThreadPoolExecutor(_LISTING_THREADS) as threads:
-            asked = threads.map(lambda path: _retried(path, lambda: system.info(path)), infos)
+            asked = threads.map(lambda path: retried(path, lambda: system.info(path)), infos)
             infos = dict(zip(infos, asked, strict=True))
     for path, info in sorted(infos.items()):
         if info["type"] == "file":
@@ -89,14 +91,14 @@ def remote_size(url: str) -> int:
     """Size of a remote file in bytes. Raises DataError: there is none, or it cannot be reached."""
     system = _file_system(url)
     system.invalidate_cache()
-    return _size(url, _retried(url, lambda: system.info(url)))
+    return _size(url, retried(url, lambda: system.info(url)))
 
 
 def check_unchanged(url: str, num_bytes: int, version: str) -> None:
     """Raise DamagedFileError where a remote file is no longer the one that was listed, and then read."""
     system = _file_system(url)
     system.invalidate_cache()
-    info = _retried(url, lambda: system.info(url))
+    info = retried(url, lambda: system.info(url))
     if (_size(url, info), _version(info)) != (num_bytes, version):
         raise DamagedFileError(f"{url} was changed while it was read; start again, so that it is listed and read anew.")
 
@@ -131,7 +133,7 @@ class _RemoteFile(io.RawIOBase):
             end = min(self._num_bytes, self._position + BLOCK_BYTES)
             if self._position >= end:
                 return 0
-            self._block = _retried(self._url, lambda: self._fetch(self._position, end))
+            self._block = retried(self._url, lambda: self._fetch(self._position, end))
             self._block_start, at = self._position, 0
         count = min(len(buffer), len(self._block) - at)
         buffer[:count] = self._block[at : at + count]
@@ -157,23 +159,28 @@ class _RemoteFile(io.RawIOBase):
         return data
 
 
-def _retried(url: str, request: Callable[[], _Result]) -> _Result:
-    """What ``request`` gives, at the first attempt that succeeds."""
+def retried(url: str, request: Callable[[], _Result]) -> _Result:
+    """What ``request`` gives, at the first attempt that succeeds.
+
+    Raises:
+        DataError: it failed in a way that no attempt can change, or each time.
+    """
     began = time.monotonic()
-    for attempt in range(1, MAX_ATTEMPTS + 1):
+    most = _GCSFS_ROUNDS if url.startswith("gs://") else MAX_ATTEMPTS
+    for attempt in range(1, most + 1):
         try:
             return request()
         except _failures() as error:
             _raise_if_final(url, error)
             reason = _reason(error)
-            if attempt == MAX_ATTEMPTS:
+            if attempt == most:
                 raise DataError(
                     f"{url} cannot be read: {reason}. {attempt} attempts in {time.monotonic() - began:.0f} s failed; "
                     "what is prepared is kept, so start again when the server answers."
                 ) from error
             # Ranks that met the same failure come back at different times.
             pause = FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * (1 + os.getpid() % 16 / 16)
-            logger.warning("%s: %s; attempt %d of %d in %.1f s", url, reason, attempt + 1, MAX_ATTEMPTS, pause)
+            logger.warning("%s: %s; attempt %d of %d in %.1f s", url, reason, attempt + 1, most, pause)
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
@@ -231,7 +238,7 @@ def _reason(error: BaseException) -> str:
     status = _status(error)
     if status is not None:
         return f"HTTP {status}"
-    text = str(cause).split("\n")[0].split("?")[0][:200]  # what follows a question mark may be a signature
+    text = str(cause).split("\n")[0].split("?")[0].rstrip(".")[:200]  # what follows a question mark may be a signature
     return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
 
 
@@ -258,7 +265,7 @@ def _file_system(url: str) -> Any:
             f"{url}: {scheme}:// needs a library that is not installed ({error.name}): pip install 'dsft[remote]'."
         ) from error
     if hasattr(system, "retries"):
-        system.retries = 1  # s3fs and gcsfs repeat in silence; six times their attempts would take half an hour
+        system.retries = 1  # s3fs repeats in silence; six times its attempts would take half an hour
     return system
 
 

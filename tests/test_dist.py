@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import time
 from contextlib import suppress
@@ -11,8 +12,17 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from dsft.dist import SAY_AFTER_SECONDS, Groups, from_bits, to_bits
-from dsft.errors import DataError, SaveError, TrainingError
+from dsft.dist import (
+    OTHER_OPEN_FILES,
+    SAY_AFTER_SECONDS,
+    SOCKETS_PER_RANK,
+    Groups,
+    allow_sockets,
+    from_bits,
+    to_bits,
+)
+from dsft.errors import DataError, LaunchError, SaveError, TrainingError
+from dsft.world import World
 from tests.support.ranks import RankError, run_ranks
 
 
@@ -45,12 +55,23 @@ def test_every_rank_gets_the_same(num_ranks: int) -> None:
     assert results[0]["sum"] == [value.hex() for value in expected]  # added one after the other, in rank order
 
 
-def test_processes_stay_warm() -> None:
-    first = {result["pid"] for result in run_ranks(gather_everything, 2)}
-    started = time.monotonic()
-    second = {result["pid"] for result in run_ranks(gather_everything, 2)}
-    assert first == second or len(first | second) <= 3
-    assert time.monotonic() - started < 5
+def test_no_process_is_used_twice() -> None:
+    first, second = ({result["pid"] for result in run_ranks(gather_everything, 2)} for _ in range(2))
+    assert len(first | second) == 4
+
+
+def allow(groups: Groups, soft: int, hard: int, num_ranks: int) -> int:
+    """In a process of its own, whose hard limit cannot be raised again."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    allow_sockets(World(0, num_ranks, 0, 1, 0, "127.0.0.1", 29500, "environment"))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def test_the_limit_of_open_files_is_raised_to_what_connections_take() -> None:
+    assert run_ranks(allow, 1, 1024, 4096, 512) == [OTHER_OPEN_FILES + SOCKETS_PER_RANK * 512]
+    assert run_ranks(allow, 1, 2048, 4096, 2) == [2048]
+    with pytest.raises(LaunchError, match=r"lets a process open 4,096 files, and rank 0 of 4,096 needs up to 17,384"):
+        run_ranks(allow, 1, 1024, 4096, 4096)
 
 
 def fail_on_rank_one(groups: Groups) -> None:

@@ -27,6 +27,7 @@ from dsft.advise.rules import Verdict, decide
 from dsft.config.load import load_config
 from dsft.fsio import write_bytes, write_json
 from dsft.train.evaluate_model import evaluate_model
+from dsft.train.followed_advice import ADVICE_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def advise(
         run_file = inputs.folder / "run.yaml"
         _write_run(run_file, verdict, _with_choice(facts, costs.get(verdict.method)), evidence, costs)
     advice = Advice(verdict, factors(evidence), evidence, costs, run_file)
-    write_json(inputs.folder / "advice.json", to_json(advice))
+    write_json(inputs.folder / ADVICE_NAME, to_json(advice))
     return advice
 
 
@@ -171,6 +172,7 @@ def _write_run(path: Path, verdict: Verdict, facts: Facts, evidence: Evidence, c
     hours = None if cost is None else cost.device_hours
     scale = 1.0 if budget is None or hours is None or hours <= budget else budget / hours
     content = run_config(verdict.method, facts, scale)
+    content["run"]["advice"] = str(path.with_name(ADVICE_NAME))
     if cost is not None and cost.choice is not None:
         content["model"]["activation_checkpointing"] = cost.choice.checkpointing
         content["train"]["micro_batch_packs"] = cost.choice.micro_batch_packs

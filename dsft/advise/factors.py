@@ -56,7 +56,12 @@ def _data(e: Evidence) -> Factor:
     speaks_for = able.get((enough_pairs(e), enough_text(e)), "neither")
     risks = []
     if e.num_pairs and e.num_pairs < ENOUGH_PAIRS:
-        risks.append(f"overfitting on few pairs ({MIN_PAIRS} to {ENOUGH_PAIRS:,}): early_stop watches it")
+        bridge = "; dsft data bridge makes more out of prose, by rules (docs/recipes.md)"
+        may_bridge = enough_text(e) and e.situation.sensitivity != "high"
+        risks.append(
+            f"overfitting on few pairs ({MIN_PAIRS} to {ENOUGH_PAIRS:,}): early_stop watches it"
+            + (bridge if may_bridge else "")
+        )
     if e.text_tokens and e.text_tokens < MIN_TEXT_TOKENS:
         risks.append("the text would be learned by heart before it is learned")
     if e.pairs is not None and e.pairs.conflicting_share > 0.05:

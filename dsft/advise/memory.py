@@ -23,7 +23,8 @@ HEAP_BLOCK_BYTES = 32 * 2**20
 the heap keeps what is freed below its top."""
 HEAP_COPIES, HEAP_COPIES_OFFLOADED = 2, 1
 """Copies of the weights that the heap of a CPU process keeps in freed blocks: those that the flat buffers replaced and
-the gradients, or one of them where offload copies gradients away one by one. Measured (``benchmarks/estimate.py``)."""
+the gradients, or one of them where offload copies gradients away one by one. Chosen from the cases of 100 million
+parameters of ``benchmarks/estimate.py``."""
 LOGITS_BYTES = 256 * 2**20
 """fp32 logits that dsft's head holds at once (``ops/linear_cross_entropy.py``)."""
 _DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -114,8 +115,9 @@ def memory_of(shape: ModelShape, settings: Settings) -> Memory:
     if settings.on_cpu:
         offloaded = settings.place_of("offload_optimizer") != "device"
         in_heap = sum(n for n in shape.parameter_sizes if n * settings.dtype_bytes < HEAP_BLOCK_BYTES)
-        copies = HEAP_COPIES_OFFLOADED if offloaded else HEAP_COPIES
-        parts.append(Part("process: freed blocks", "device", copies * in_heap * settings.dtype_bytes))
+        freed = (HEAP_COPIES_OFFLOADED if offloaded else HEAP_COPIES) * in_heap * settings.dtype_bytes
+        # ZeRO-3 gathers the weights in use into these blocks, so in the backward pass they are not free.
+        parts.append(Part("process: freed blocks", "device", freed, "step" if settings.stage == 3 else "always"))
     parts += _activations(shape, settings)
     parts.append(Part("process", "device", CPU_PROCESS_BYTES if settings.on_cpu else CUDA_RESERVE_BYTES))
     return Memory(tuple(part for part in parts if part.num_bytes), settings.ranks_per_host, settings.on_cpu)
@@ -170,7 +172,8 @@ def _zero3(shape: ModelShape, settings: Settings) -> list[Part]:
     bucket = int(zero.get("reduce_bucket_size", 5e8))
     parts.append(Part("communication: buckets", "device", bucket * settings.communication_bytes))
     if place == "nvme":
-        parts.append(Part("offload: buffers", "host", 4 * sub_group * 4))
+        buffers = int(zero["offload_optimizer"].get("buffer_count", 4))
+        parts.append(Part("offload: buffers", "host", buffers * sub_group * 4))
     if weights_place == "nvme":
         offload = zero["offload_param"]
         buffers = int(offload.get("buffer_count", 5)) * int(offload.get("buffer_size", 1e8))

@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dsft.config.models import SourceSection
-from dsft.corpus.audit import sample_text
 from dsft.corpus.formats import parse_record
 from dsft.corpus.listing import list_shards
 from dsft.corpus.near_duplicates import text_hash
-from dsft.corpus.samples import BadRecord, Completion, Sample, Text
+from dsft.corpus.samples import BadRecord, Completion, Sample, Text, sample_text
 from dsft.corpus.sources import Record, read_records
 from dsft.errors import DataError
 from dsft.fsio import atomic_file, save_error
@@ -183,6 +182,7 @@ def _key(sample: Sample) -> int | None:
 
 
 def _sample(record: Record, section: SourceSection) -> Sample | BadRecord:
+    assert section.format != "tokens", "advise reads text and pairs"
     if isinstance(record.value, BadRecord):
         return record.value
     try:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 
 from dsft.batch.collate import BatchSpec, collate_rows, filler
 from dsft.batch.types import StepBatch
@@ -27,7 +28,7 @@ class Loader:
         spec: how packs become tensors.
         rank, num_ranks: which packs of a step are this rank's.
         micro_batch_packs: packs in a micro-batch of one rank.
-        cost: time of a pack in any unit, to balance the ranks.
+        costs: time of each of some packs in any unit, to balance the ranks.
         prefetch_steps: steps prepared ahead.
 
     Attributes:
@@ -42,7 +43,7 @@ class Loader:
         rank: int,
         num_ranks: int,
         micro_batch_packs: int,
-        cost: Callable[[Pieces], float],
+        costs: Callable[[Sequence[Pieces]], list[float]],
         prefetch_steps: int = 2,
     ) -> None:
         self._planner = planner
@@ -50,7 +51,7 @@ class Loader:
         self._rank = rank
         self._num_ranks = num_ranks
         self._micro_batch_packs = micro_batch_packs
-        self._cost = cost
+        self._costs = costs
         self._prefetch_steps = prefetch_steps
         self._buffers = BufferPool()
         self._executor: ThreadPoolExecutor | None = None
@@ -71,7 +72,7 @@ class Loader:
     def close(self) -> None:
         """Stop preparing and join the thread. Waits for the step that is being prepared."""
         if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._shut_down(self._executor)
             self._executor = None
 
     def _consume(
@@ -90,6 +91,13 @@ class Loader:
                 waiting.append(executor.submit(next, produced, None))
                 yield batch
         finally:
+            self._shut_down(executor)
+
+    def _shut_down(self, executor: ThreadPoolExecutor) -> None:
+        """Its thread may wait for data that nobody will make, because the other ranks have stopped before it."""
+        with ExitStack() as stack:
+            for store in self._spec.stores:
+                stack.enter_context(store.files.without_waiting())
             executor.shutdown(wait=True, cancel_futures=True)
 
     def _produce(self, cursor: Cursor) -> Iterator[StepBatch]:
@@ -97,7 +105,7 @@ class Loader:
             yield self._batch(plan)
 
     def _batch(self, plan: StepPlan) -> StepBatch:
-        dealt = deal(plan.packs, self._cost, self._num_ranks, self._micro_batch_packs)
+        dealt = deal(self._costs(plan.packs), self._num_ranks, self._micro_batch_packs)
         hands = [micro_batch[self._rank] for micro_batch in dealt]
         packs = [[plan.packs[number] for number in hand] for hand in hands if hand]
         rows = iter(collate_rows(packs, self._spec, self._buffers))

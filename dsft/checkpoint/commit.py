@@ -164,6 +164,7 @@ class PendingSave:
         with self.removed_on_failure():
             self._groups.agree(error)
         if self._is_publishing:
+            self._tidy_disk()
             return True
         if not self._manifest.files:
             self._manifest = replace(self._manifest, files=self._all_files())
@@ -173,6 +174,14 @@ class PendingSave:
         self._is_publishing = True
         self._start(self._publish if self._groups.rank == 0 else tuple)
         return False
+
+    def _tidy_disk(self) -> None:
+        """The disks of the hosts lose what has just been removed from the checkpoints. Collective."""
+        try:
+            if self._disk is not None:
+                self._disk.sweep(self._folder, meanwhile=True)
+        except SaveError as error:
+            logger.warning("checkpoint %s is saved, but tidying up failed: %s", self.path.name, error)
 
     def _all_files(self) -> tuple[tuple[WrittenFile, ...], ...]:
         """Of each rank, what it has written. Collective."""

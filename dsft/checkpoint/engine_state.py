@@ -162,7 +162,10 @@ class EngineState:
     # ------------------------------------------------------------------------------------------------ after a load
 
     def prepare_optimizer(self, step: int, states: Sequence[str]) -> None:
-        """Make the optimizer's states, which do not exist before its first update, and set its step counters."""
+        """Make the optimizer's states, which do not exist before its first update, and set its step counters.
+
+        New ones hold anything where a slice will be loaded: to touch them twice would cost as much as to read them.
+        """
         for number, flat in enumerate(self.flats):
             with self.resident(number, changed=True):
                 state = self._basic.state[flat]
@@ -172,11 +175,20 @@ class EngineState:
                 state["step"] = self._step_counter(flat, step)
                 for key in states:
                     if key not in state:
-                        state[key] = torch.zeros_like(flat.detach())
+                        state[key] = self._zero_around_slices(number, torch.empty_like(flat.detach()))
         if self.zero_stage != 3:  # DeepSpeed's own views of the states, which its functions for parameters use
             self._optimizer._hp_optimizer_states_linked = False
             if states:
                 self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _zero_around_slices(self, number: int, state: torch.Tensor) -> torch.Tensor:
+        """What only pads a new state of a flat tensor becomes zero, as the optimizer itself would have made it."""
+        end = 0
+        for one in sorted((one for one in self.slices_to_fill() if one.flat == number), key=lambda one: one.at):
+            state[end : one.at] = 0.0
+            end = one.at + one.stop - one.start
+        state[end:] = 0.0
+        return state
 
     def use_masters(self, counters: dict[str, int]) -> None:
         """Bring the masters into the model's own weights. Collective: stages 1 and 2 gather them whole."""
@@ -184,7 +196,7 @@ class EngineState:
         with torch.no_grad():
             if self.zero_stage == 3:
                 for number in range(len(self.flats)):
-                    with self.resident(number, changed=True):
+                    with self.resident(number):
                         optimizer._reassign_or_swap_out_partitioned_parameters(number)
                 persistent = optimizer.persistent_parameters  # stay gathered, so they would keep their old values
                 if persistent:

@@ -13,9 +13,10 @@ import logging
 import os
 import shutil
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class LocalDisk:
         self.keepers = tuple(self._keeper_of(rank) for rank in range(len(host_of)))
         self._groups = groups
         self._channel = channel
+        self._sweeper: threading.Thread | None = None
 
     def needed_bytes(self, payload_bytes: Sequence[int]) -> int:
         """What a save will write on this host's disk, of what each rank writes: its own ranks' shards, and copies."""
@@ -83,19 +85,38 @@ class LocalDisk:
 
     # ------------------------------------------------------------------------------------------------ saving
 
-    def sweep(self, checkpoints: Path) -> None:
-        """Remove what no checkpoint of the run names: left over, or of one that was removed. Collective."""
+    def sweep(self, checkpoints: Path, *, meanwhile: bool = False) -> None:
+        """Remove what no checkpoint of the run names: left over, or of one that was removed. Collective.
+
+        Args:
+            meanwhile: in a thread, for which the next sweep waits: to remove large files takes a disk its time.
+
+        Raises:
+            SaveError: ``checkpoints`` is not the folder that it was at the start, as when its file system is no longer
+                mounted: then it names nothing, and all of the disks would be taken for left over.
+        """
+        used: list[str] = []
         with self._groups.together(), _save_errors(checkpoints):
-            used = _linked_folders(checkpoints) if self._groups.rank == 0 else []
+            if self._groups.rank == 0:
+                self._check_is_mounted(checkpoints)
+                used = _linked_folders(checkpoints)
         used = self._groups.broadcast_object(used)
         with self._groups.together(), _save_errors(self.folder):
-            unused = [path for path in self.folder.iterdir() if path.name not in used]
-            for path in unused if self.host_of[self._groups.rank] == self._groups.rank else ():
-                logger.info("removing %s: no checkpoint of the run needs it", path)
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)  # what cannot be removed now, the next save sweeps
-                else:
-                    path.unlink(missing_ok=True)
+            if self._sweeper is not None:
+                self._sweeper.join()
+            if self.host_of[self._groups.rank] == self._groups.rank:
+                unused = [path for path in self.folder.iterdir() if path.name not in used]
+                self._sweeper = threading.Thread(target=_remove, args=(unused,), name="sweep", daemon=True)
+                self._sweeper.start()
+                if not meanwhile:
+                    self._sweeper.join()
+
+    def _check_is_mounted(self, checkpoints: Path) -> None:
+        if not (checkpoints / ID_NAME).is_file() or _name_of_run(checkpoints) != self.folder.name:
+            raise SaveError(
+                f"{checkpoints} is not the folder in which this run began: it has another {ID_NAME}, or none. Is its "
+                "file system still mounted? Nothing was saved, and nothing is removed from the disks of the hosts."
+            )
 
     def link(self, staging: Path, step: int, attempt: str) -> None:
         """Let this rank's shard in ``staging`` be written to the disk of the host. Collective."""
@@ -222,17 +243,17 @@ def open_local_disk(local_dir: str | None, checkpoints: Path, attempt: str, grou
     """
     if local_dir is None:
         return None
-    own_id = ""
+    name = ""
     with groups.together(), _save_errors(checkpoints):
         if groups.rank == 0:
-            own_id = _id_of_run(checkpoints)
+            _make_id(checkpoints)
+            name = _name_of_run(checkpoints)
         if not Path(local_dir).is_dir():
             raise ConfigError(
                 f"checkpoint.local_dir: {local_dir} is no folder on {socket.gethostname()}. Make it, under the same "
                 "path, on a disk of every host."
             )
-    own_id = groups.broadcast_object(own_id)
-    folder = Path(local_dir).absolute() / f"{checkpoints.absolute().parent.name}-{own_id}"
+    folder = Path(local_dir).absolute() / str(groups.broadcast_object(name))
     mark = folder / f".{attempt}.rank-{groups.rank}"
     with groups.together(), _save_errors(folder):
         folder.mkdir(exist_ok=True)
@@ -251,24 +272,41 @@ def open_local_disk(local_dir: str | None, checkpoints: Path, attempt: str, grou
     return LocalDisk(folder, [host for host, _ in found], [name for _, name in found], groups, groups.channel())
 
 
-def _id_of_run(checkpoints: Path) -> str:
-    """Of a run in its place: a copy of the run folder, or one of the same path in another container, has another id."""
+def _make_id(checkpoints: Path) -> None:
     path = checkpoints / ID_NAME
     if not path.is_file():
         checkpoints.mkdir(parents=True, exist_ok=True)
         write_bytes(path, f"{uuid.uuid4().hex}\n".encode())
-    return hashlib.sha256(f"{path.read_text()}{checkpoints.absolute()}".encode()).hexdigest()[:12]
+
+
+def _name_of_run(checkpoints: Path) -> str:
+    """Of a run in its place: a copy of the run folder, or one of the same path in another container, has another."""
+    own_id = hashlib.sha256(f"{(checkpoints / ID_NAME).read_text()}{checkpoints.absolute()}".encode()).hexdigest()[:12]
+    return f"{checkpoints.absolute().parent.name}-{own_id}"
 
 
 def _linked_folders(checkpoints: Path) -> list[str]:
     """Names of the folders on the hosts' disks that checkpoints of a run refer to, those that were set aside too."""
     used = []
-    for shards in checkpoints.glob("*/shards"):
+    for checkpoint in checkpoints.iterdir():  # not glob: what cannot be read must not look like what is not there
+        shards = checkpoint / "shards"
+        if not shards.is_dir():
+            continue
         with os.scandir(shards) as entries:
             link = next((entry.path for entry in entries if entry.is_symlink()), None)  # all lead to the same folder
         if link is not None:
             used.append(Path(os.readlink(link)).parent.name)
     return used
+
+
+def _remove(unused: Sequence[Path]) -> None:
+    for path in unused:
+        logger.info("removing %s: no checkpoint of the run needs it", path)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)  # what cannot be removed now, the next save sweeps
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def _transfer(source: int, destination: int, path: Path, files: dict[str, WrittenFile], name: str) -> Transfer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,11 @@ class BlockReader:
         if found_bytes != num_bytes:
             self._file.close()
             raise _of_other_length(path, found_bytes, num_bytes)
+
+    def expect(self, offset: int, num_bytes: int) -> None:
+        """Let the kernel begin to fetch the blocks of a range; a hint, and nothing waits for it."""
+        start = offset // BLOCK_BYTES * BLOCK_BYTES
+        os.posix_fadvise(self._file.fileno(), start, offset + num_bytes - start, os.POSIX_FADV_WILLNEED)
 
     def pieces(self, offset: int, num_bytes: int) -> Iterator[memoryview]:
         """The bytes of a range, in pieces; use each before asking for the next.

@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING
 
 from dsft.checkpoint.layout import StoredTensor, blocks_name, shard_name
 from dsft.checkpoint.manifest import WrittenFile
-from dsft.checkpoint.opened import OpenCheckpoint
+from dsft.checkpoint.opened import BlockReader, OpenCheckpoint
 from dsft.errors import DamagedCheckpointError
 from dsft.fsio import BlockHashedFile, hash_file, write_bytes
 
 if TYPE_CHECKING:
     import torch
+
+AHEAD_BYTES = 32 << 20
+"""The kernel is asked to fetch so much before it is read, into its page cache."""
+_PART_BYTES = 1 << 20
+"""Asked for at a time: Linux cuts a request to what the disk or server takes at once (usually 1 MiB or more)."""
 
 _SAFETENSORS_NAMES = {
     "float64": "F64",
@@ -110,6 +115,32 @@ class Wanted:
     into: torch.Tensor
 
 
+class _Ahead:
+    """Lets the kernel fetch what will be read next while what was read is checked and copied.
+
+    At another world size a rank reads a part of each tensor: ranges too short and too far apart for the kernel's own
+    read-ahead, which waits for bytes that follow each other.
+    """
+
+    def __init__(self, reader: BlockReader, ranges: Sequence[tuple[int, int]]) -> None:
+        """Args: ``ranges``: (offset, length) in bytes, in the order in which they will be read."""
+        self._reader = reader
+        self._parts = (
+            (offset + at, min(_PART_BYTES, num_bytes - at))
+            for offset, num_bytes in ranges
+            for at in range(0, num_bytes, _PART_BYTES)
+        )
+        self._due_bytes = 0
+        self.move(AHEAD_BYTES)
+
+    def move(self, num_bytes: int) -> None:
+        """So many more bytes have been read."""
+        self._due_bytes += num_bytes
+        while self._due_bytes > 0 and (part := next(self._parts, None)) is not None:
+            self._reader.expect(*part)
+            self._due_bytes -= part[1]
+
+
 class ShardReader:
     """One rank's shard, open; its header is read and checked."""
 
@@ -131,8 +162,10 @@ class ShardReader:
         Raises:
             DamagedCheckpointError: a block is not what was written, or a slice is not there or of another type.
         """
-        for one in sorted(wanted, key=lambda one: self._position(one)):
-            self._fill_one(one)
+        ranges = sorted(((self._position(one), one) for one in wanted), key=lambda item: item[0])
+        ahead = _Ahead(self._reader, [(position, one.into.numel() * one.into.itemsize) for position, one in ranges])
+        for position, one in ranges:
+            self._fill_one(position, one.into, ahead)
 
     def _position(self, one: Wanted) -> int:
         entry = self._header.get(one.name)
@@ -146,13 +179,14 @@ class ShardReader:
         begin: int = entry["data_offsets"][0]
         return self._data_start + begin + one.first * one.into.itemsize
 
-    def _fill_one(self, one: Wanted) -> None:
+    def _fill_one(self, position: int, into: torch.Tensor, ahead: _Ahead) -> None:
         import torch
 
         done = 0
-        for piece in self._reader.pieces(self._position(one), one.into.numel() * one.into.itemsize):
-            elements = torch.frombuffer(piece, dtype=one.into.dtype)
-            one.into[done : done + len(elements)].copy_(elements)
+        for piece in self._reader.pieces(position, into.numel() * into.itemsize):
+            ahead.move(len(piece))
+            elements = torch.frombuffer(piece, dtype=into.dtype)
+            into[done : done + len(elements)].copy_(elements)
             done += len(elements)
 
     def _bytes(self, offset: int, num_bytes: int) -> bytes:

@@ -123,6 +123,8 @@ class Snapshot:
     def _read(self) -> Generator[memoryview, None, None]:
         with ExitStack() as stack:
             if self._stream is not None:
+                # A new thread begins on device 0, and leaving the stream would set that: a context there for each rank.
+                torch.cuda.set_device(self._stream.device)
                 stack.enter_context(torch.cuda.stream(self._stream))
             for flat, numbers in groupby(range(len(self._pieces)), key=lambda n: self._pieces[n].one.flat):
                 with self._state.resident(flat):

@@ -1,4 +1,4 @@
-"""``dsft data stats``, ``preview`` and ``verify-run``: what training will see, and what it saw."""
+"""``dsft data stats``, ``preview``, ``verify-run``, ``audit``, ``bridge``: what training will see, and what it saw."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dsft.cli.bridge import command as bridge
 from dsft.constants import EXIT_OK, EXIT_RUN_FAILED
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for pro
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """A run's data: statistics, previews, and proof of what was trained."""
+    """A run's data: statistics, previews, pairs out of text, and proof of what was trained."""
+
+
+command.add_command(bridge)
 
 
 @command.command()
@@ -208,7 +212,7 @@ def _print_table(rows: list[SourceStatistics], epochs: dict[str, float]) -> None
             f"{row.documents:,}",
             f"{row.tokens:,}",
             f"{row.supervised_share:.1%}",
-            f"{row.bytes_per_token:.2f}",
+            f"{row.bytes_per_token:.2f}" if row.bytes_per_token else "-",
             f"{epochs[row.name]:.2f}" if row.name in epochs else "held out",
             *(f"{row.length_percentiles[percentile]:,}" for percentile in percentiles),
             f"{row.longest:,}",

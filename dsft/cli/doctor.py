@@ -110,7 +110,12 @@ def _with_run(wanted: Wanted, config_file: str, config: RunConfig) -> Wanted:
     store = config.data.store_dir or str(Path(config.run.dir).parent)
     shared = (config.run.dir,) if is_remote(store) else (config.run.dir, store)
     folders = [*wanted.folders, *_existing(shared)]
-    return replace(wanted, folders=list(dict.fromkeys(folders)), files=run_files(config_file, config))
+    files = run_files(config_file, config)
+    wanted = replace(wanted, folders=list(dict.fromkeys(folders)), files=files)
+    local_dir = config.checkpoint.local_dir
+    if local_dir is None:
+        return wanted
+    return replace(wanted, local_dir=str(Path(local_dir).absolute()), run_dir=_existing((config.run.dir,))[0])
 
 
 def _existing(folders: tuple[str, ...]) -> list[str]:
@@ -129,7 +134,7 @@ def _with_needs(wanted: Wanted, config: RunConfig, probed: list[Probed]) -> tupl
     from dsft.config.deepspeed import build_deepspeed_config
     from dsft.launch.checks import Finding
     from dsft.launch.native_ops import needed_ops
-    from dsft.train.setup import is_offloaded
+    from dsft.train.setup import is_offloaded, uses_nvme
 
     reports = [one.report for one in probed if one.report is not None]
     if not reports:
@@ -141,15 +146,17 @@ def _with_needs(wanted: Wanted, config: RunConfig, probed: list[Probed]) -> tupl
     machines = Machines(len(probed), slots, name, device_bytes, memory_bytes)
     result = estimate(config, machines, Assumptions(data_tokens=1), [])
     is_gpu = machines.device_type == "cuda"
-    offloaded = is_offloaded(build_deepspeed_config(config, machines.num_ranks, machines.device_type))
+    deepspeed_config = build_deepspeed_config(config, machines.num_ranks, machines.device_type)
+    offloaded, nvme = is_offloaded(deepspeed_config), uses_nvme(deepspeed_config)
     shape, kept = result.shape, config.checkpoint.keep_last + 1  # the new one is whole before the oldest goes
     checkpoint_bytes = 12 * shape.num_trained + 4 * (shape.num_parameters - shape.num_trained)
     wanted = replace(
         wanted,
         host_bytes=float(result.written.memory.peak("host")),
         device_bytes=float(result.written.memory.peak("device")) if is_gpu else None,
-        disk_bytes=float(kept * checkpoint_bytes),
-        ops=needed_ops("cuda" if is_gpu else "cpu", cpu_adam=offloaded),
+        disk_bytes=float(kept * checkpoint_bytes) if wanted.local_dir is None else None,
+        local_bytes=kept * checkpoint_bytes / machines.num_ranks,
+        ops=needed_ops("cuda" if is_gpu else "cpu", cpu_adam=offloaded, nvme=nvme),
         is_offloaded=offloaded,
     )
     ranks = sum(one.host.slots for one in probed)

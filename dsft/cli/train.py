@@ -53,6 +53,7 @@ def command(
     deepspeed --hostfile hosts.txt --module dsft train run.yaml
     """
     from dsft.config.load import load_config
+    from dsft.errors import ConfigError
     from dsft.launch.ancestors import Launcher
     from dsft.launch.environment import adopt_secrets
 
@@ -61,6 +62,11 @@ def command(
     from dsft.train.profiling import parse_steps
 
     config = load_config(config_file, overrides)
+    if dry_run and config.data.streaming:
+        raise ConfigError(
+            "--dry-run counts the documents of the whole run, and with data.streaming they are not tokenised yet. "
+            "Add --set data.streaming=false, which prepares all of them first."
+        )
     steps = parse_steps(profile_steps)
     from dsft.train.start import Options, start
 

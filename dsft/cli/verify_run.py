@@ -28,6 +28,11 @@ def print_report(report: RunReport) -> None:
             f"{report.steps_without_update:,} steps made no update (not finite, or nothing to learn): what they were "
             "given was not learned"
         )
+    for part in report.passed_over:
+        click.echo(
+            f"passed over on purpose after step {part.after_step:,}: {part.steps:,} steps of the plan, {part.tokens:,} "
+            f"tokens ({part.cause})"
+        )
     for name, epochs in report.sources.items():
         for epoch in epochs[:MOST_EPOCHS]:
             state = "complete, every document once" if epoch.is_complete else "begun"

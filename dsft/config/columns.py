@@ -8,6 +8,7 @@ from typing import Literal
 RecordFormat = Literal["text", "messages", "prompt_completion", "alpaca", "sharegpt"]
 COLUMNS: dict[str, tuple[str, ...]] = {
     "text": (),
+    "tokens": (),
     "messages": ("messages", "tools", "role", "content"),
     "prompt_completion": ("prompt", "completion", "system", "tools"),
     "alpaca": ("instruction", "input", "output", "system", "history"),
@@ -21,7 +22,7 @@ def check_columns(record_format: str, columns: Mapping[str, str]) -> None:
     known = COLUMNS[record_format]
     for name in columns:
         if name not in known:
-            fields = f"its fields are {', '.join(known)}" if known else "name its field with text_field"
+            fields = f"its fields are {', '.join(known)}" if known else "text has one, named by text_field; tokens none"
             raise ValueError(f"columns: the format {record_format} has no field {name!r}; {fields}")
     if len(set(columns.values())) < len(columns):
         raise ValueError(f"columns: two fields are read from one column: {sorted(columns.values())}")

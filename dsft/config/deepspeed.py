@@ -76,6 +76,8 @@ def build_deepspeed_config(config: RunConfig, world_size: int, device_type: str)
                 "YAML."
             )
         _set(merged, keys, value)
+    if _get(merged, ("zero_optimization", "offload_param", "device")) == "nvme":
+        _do_not_prefetch_from_nvme(merged)
     _fill_auto(merged, given)
     if not _get(merged, ("zero_optimization", "stage")):
         raise ConfigError(
@@ -191,6 +193,16 @@ def _fill_auto(values: dict[str, Any], given: _Json, prefix: Keys = ()) -> None:
                     f"in the batch sizes, gradient_clipping, bf16.enabled, {known}."
                 )
             values[key] = _AUTO_VALUES[keys]
+
+
+def _do_not_prefetch_from_nvme(values: dict[str, Any]) -> None:
+    """Gather weights that are on NVMe when they are due, unless the JSON gives a number.
+
+    DeepSpeed 0.19.8 asks twice for a weight that comes twice in what it looks ahead, such as the last one of a forward,
+    with which the backward begins, and then fails: "already assigned swap buffer".
+    """
+    if values["zero_optimization"].get("stage3_prefetch_bucket_size", "auto") == "auto":
+        values["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
 
 
 def _accumulate_in_fp32(values: dict[str, Any]) -> None:

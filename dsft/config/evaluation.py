@@ -68,6 +68,19 @@ class EvaluationSetSection(Section):
         return self
 
 
+class LmEvalSection(Section):
+    """Tasks of lm-evaluation-harness, measured by ``dsft eval`` (never in training)."""
+
+    path: str
+    """Folder of the tasks' YAML files; nothing is taken from the network unless they name it."""
+    tasks: Items[str]
+    """Names of tasks or groups."""
+    limit: PositiveCount | None = None
+    """Documents of each task; default: all."""
+    chat_template: bool = False
+    """Give the prompts as messages, in the model's chat template."""
+
+
 class EarlyStopSection(Section):
     """Stop when a held-out loss rises while its training loss falls."""
 
@@ -85,6 +98,7 @@ class EvaluateSection(Section):
     sets: Items[EvaluationSetSection] = ()
     bias: Items[BiasSection] = ()
     """Bias tests, measured whenever the sets are."""
+    lm_eval: LmEvalSection | None = None
     early_stop: EarlyStopSection | None = None
     """Absent: overfitting is only warned about."""
 

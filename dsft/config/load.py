@@ -128,15 +128,18 @@ _DATA_ORDER = re.compile(
     r"run\.seed"
     r"|model\.(tokenizer|add_tokens)(\..*)?"
     r"|train\.global_batch_packs"
-    r"|data\.(?!store_dir$|cache_(dir|bytes)$|bad_records$|sources\.\d+\.(loss_weight|exhausted)$|stages\.\d+\.name$|audit\.).*"
+    r"|data\.(?!store_dir$|cache_(dir|bytes)$|streaming$|bad_records$|sources\.\d+\.(loss_weight|exhausted)$|stages\.\d+\.name$|audit\.).*"
 )
 """Keys that decide which documents a step trains on, or what their tokens are. The exceptions only move the
-store, count bad records, weigh the loss, or say what comes after a source's last document."""
+store, say when it is made, count bad records, weigh the loss, or say what comes after a source's last document."""
+
+_BEFORE_THE_KEY = {"data.packing": "best_fit_decreasing"}
+"""What dsft did before it had a key that decides the data order: what a checkpoint's configuration without it means."""
 
 
 def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
     """The keys whose values differ between two results of :func:`config_to_json`, in alphabetical order."""
-    before, after = dict(_leaves(old, ())), dict(_leaves(new, ()))
+    before, after = ({**_BEFORE_THE_KEY, **dict(_leaves(values, ()))} for values in (old, new))
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [Difference(key, before.get(key), after.get(key), _DATA_ORDER.fullmatch(key) is not None) for key in keys]
 

@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from dsft.config.columns import RecordFormat, check_columns
 from dsft.config.evaluation import EvaluateSection
 from dsft.config.objectives import FillInTheMiddleSection, MaskedLanguageModellingSection
+from dsft.config.remote_path import is_remote
 from dsft.config.schedule import ScheduleSection
 from dsft.config.section import (
     Beta,
@@ -26,6 +27,7 @@ from dsft.config.section import (
     StorePath,
     UnitInterval,
 )
+from dsft.config.spikes import SpikeSection
 from dsft.config.units import Count, PositiveCount
 
 
@@ -39,6 +41,8 @@ class RunSection(Section):
     world_size: Annotated[int, Field(ge=1)] | None = None
     """Number of ranks this run must have. A run that finds another number stops at once (a hostfile that was not
     found otherwise trains on one host in silence)."""
+    advice: str | None = None
+    """The advice.json of ``dsft advise`` that this run follows; it is kept in the run's folder for ``dsft report``."""
 
 
 class ModelSection(Section):
@@ -75,8 +79,10 @@ class SourceSection(Section):
     name: Name
     path: DataPath
     """File, folder, glob, URL (s3://, gs://, hf://, https://), or a list of them: .jsonl .jsonl.gz .jsonl.zst .parquet
-    .txt .arrow, .json (one array; not those inside a folder), or a folder that ``datasets.save_to_disk`` wrote."""
-    format: RecordFormat = "text"
+    .txt .arrow, .json (one array; not those inside a folder), a folder that ``datasets.save_to_disk`` wrote, or a
+    dataset of the hub: hub://OWNER/NAME@COMMIT/CONFIG/SPLIT."""
+    format: RecordFormat | Literal["tokens"] = "text"
+    """tokens: Megatron's .bin and datatrove's .ds files, with their indices beside them, trained on where they lie."""
     objective: (
         Literal["next_token"]
         | Annotated[FillInTheMiddleSection | MaskedLanguageModellingSection, Field(discriminator="kind")]
@@ -99,11 +105,13 @@ class SourceSection(Section):
     @model_validator(mode="after")
     def _known_columns(self) -> SourceSection:
         check_columns(self.format, self.columns)
+        if self.format == "tokens" and (self.supervise, self.text_field) != ("assistant", "text"):  # the defaults
+            raise ValueError("supervise, text_field: the format tokens has no text and no mask; every token is learned")
         return self
 
     @model_validator(mode="after")
     def _objective_is_for_text(self) -> SourceSection:
-        if self.objective != "next_token" and self.format != "text":
+        if self.objective != "next_token" and self.format not in ("text", "tokens"):
             raise ValueError(
                 f"objective: {self.objective.kind} is for raw text; the format of this source is {self.format}"
             )
@@ -160,9 +168,15 @@ class DataSection(Section):
     ``store-cache`` beside the run's folder."""
     cache_bytes: PositiveCount = 100_000_000_000
     """Most bytes in ``cache_dir``; what is in use is never removed, even where it alone is more."""
+    streaming: bool = False
+    """Begin to train when the first shards of the order are tokenised; the rest is tokenised ahead, in the background.
+    The batches are the same."""
     bad_records: Literal["error", "skip"] = "error"
     overlong: Literal["split", "truncate", "drop"] = "split"
     """What happens to a document longer than pack_tokens. Counted per source."""
+    packing: Literal["best_fit_decreasing", "next_fit", "concat_and_split"] = "best_fit_decreasing"
+    """best_fit_decreasing: the fullest packs without cutting a document that fits one; next_fit: documents in the order
+    drawn, a pack ends before one that does not fit; concat_and_split: as drawn, cut wherever a pack is full."""
     window_documents: PositiveCount = 65_536
     window_tokens: PositiveCount = 16_000_000
     group_shards: Annotated[int, Field(ge=1)] = 16
@@ -181,6 +195,24 @@ class DataSection(Section):
             raise ValueError(
                 "data.sources: objective mlm trains an encoder, which sees what comes next, and the others a decoder, "
                 "which does not: give all sources objective mlm, or none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _streams_into_a_folder(self) -> DataSection:
+        if self.streaming and self.store_dir is not None and is_remote(self.store_dir):
+            raise ValueError(
+                f"data.streaming tokenises into data.store_dir while training, and {self.store_dir} is a URL, where "
+                "nothing is prepared: give a folder that all hosts see, or leave data.streaming out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _masked_documents_are_cut_at_packs(self) -> DataSection:
+        if self.is_masked and self.packing == "concat_and_split":
+            raise ValueError(
+                "data.packing: concat_and_split cuts documents anywhere, and objective mlm must know beforehand where "
+                "a part begins: take best_fit_decreasing or next_fit"
             )
         return self
 
@@ -240,7 +272,10 @@ class TrainSection(Section):
     freeze: Items[str] = ()
     """fnmatch patterns over parameter names; a pattern that matches nothing is an error."""
     max_skipped_steps: Annotated[int, Field(ge=1)] = 5
-    """Steps in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
+    """Steps in a row that may be skipped for a loss or gradient that is not finite, before the run stops (or, with
+    ``spikes``, goes back)."""
+    spikes: SpikeSection | None = None
+    """Going back when the loss spikes; ``{}`` takes the values below, left out: a run never goes back."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
@@ -279,7 +314,10 @@ class LogSection(Section):
     """What is written while training. A JSON line per logged step is always written."""
 
     every_steps: PositiveCount = 1
-    sinks: Items[Literal["jsonl", "tensorboard"]] = ("jsonl",)
+    sinks: Items[Literal["jsonl", "tensorboard", "wandb", "mlflow"]] = ("jsonl",)
+    project: Name = "dsft"
+    """Weights & Biases' project and MLflow's experiment. Server, key and mode are said by their own environment
+    variables (WANDB_API_KEY, WANDB_MODE=offline, MLFLOW_TRACKING_URI; without the last, files in the run folder)."""
 
 
 class RunConfig(Section):
@@ -324,15 +362,18 @@ class RunConfig(Section):
             )
         if self.train.loss_reduction == "message":
             for position, source in enumerate(self.data.sources):
-                if source.objective != "next_token" or (source.format != "text" and source.supervise == "all"):
+                if source.objective != "next_token" or (
+                    source.format not in ("text", "tokens") and source.supervise == "all"
+                ):
                     raise ValueError(
                         f"train.loss_reduction: message; data.sources[{position}] learns tokens that belong to no "
                         "message (supervise: all, or objective fim or mlm): set loss_reduction: document"
                     )
         if self.data.is_masked:
-            if self.evaluate.bias:
+            if self.evaluate.bias or self.evaluate.lm_eval is not None:
+                key = "bias" if self.evaluate.bias else "lm_eval"
                 raise ValueError(
-                    "evaluate.bias reads sentences from left to right, and objective mlm trains an encoder"
+                    f"evaluate.{key} reads sentences from left to right, and objective mlm trains an encoder"
                 )
             for held_out in self.evaluate.sets:
                 if held_out.format != "text" or held_out.memorisation is not None:
@@ -342,6 +383,15 @@ class RunConfig(Section):
                     )
         if self.train.epochs is not None and len(self.data.sources) > 1:
             raise ValueError("train.epochs needs a single source; with several sources give train.tokens")
+        if self.train.epochs is not None and self.data.streaming:
+            raise ValueError(
+                "train.epochs is counted in the lengths of all documents, and with data.streaming they are not known "
+                "at the start: give train.tokens or train.steps"
+            )
+        if self.train.spikes is not None and self.checkpoint.every_steps is None:
+            raise ValueError(
+                "train.spikes goes back to a checkpoint, so there must be some: give checkpoint.every_steps"
+            )
         if self.data.stages and self.train.tokens is None:
             raise ValueError("data.stages are borders in tokens, so the run's length must be too: give train.tokens")
         return self

@@ -6,7 +6,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from dsft.config.remote_path import check_data_path
+from dsft.config.remote_path import check_data_path, check_store_path
 
 _Item = TypeVar("_Item")
 Items = Annotated[tuple[_Item, ...], Field(strict=False)]
@@ -40,7 +40,7 @@ def _written_out(path: str) -> str:
 
 FolderPath = Annotated[str, Field(min_length=1), AfterValidator(_written_out)]
 """A folder that dsft makes where it is missing, so that a path that cannot be meant would not be noticed."""
-StorePath = Annotated[FolderPath, AfterValidator(check_data_path)]
+StorePath = Annotated[FolderPath, AfterValidator(check_store_path)]
 """The same, or a URL."""
 
 

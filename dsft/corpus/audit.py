@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,12 +12,19 @@ import numpy.typing as npt
 
 from dsft.config.evaluation import EvaluationSetSection
 from dsft.config.models import AuditSection, DataSection
-from dsft.corpus.listing import RawShard, list_shards
-from dsft.corpus.near_duplicates import NUM_MINIMA, count_copies, minima, near_copies, ngram_hashes, text_hash
+from dsft.corpus.listing import list_shards
+from dsft.corpus.near_duplicates import (
+    NUM_MINIMA,
+    count_copies,
+    minima,
+    near_copies,
+    ngram_hashes,
+    shares_any,
+    text_hash,
+)
 from dsft.corpus.prepare import Section, make_encoder, make_task
-from dsft.corpus.samples import BadRecord, Completion, Sample, Text
-from dsft.corpus.shard import ShardTask, dropped_because, parse_sample, read_documents
-from dsft.corpus.sources import read_records
+from dsft.corpus.samples import BadRecord, sample_text
+from dsft.corpus.shard import dropped_because, parse_sample, read_documents, read_samples
 from dsft.corpus.tokenizer import Tokenizer
 from dsft.store.types import Document
 
@@ -145,7 +152,7 @@ def held_out_ngrams(section: EvaluationSetSection, tokenizer: Tokenizer, num_wor
     task = make_task(section, tokenizer, "skip")
     grams = [np.zeros(0, dtype=np.uint64)]
     for raw in list_shards(section.name, section.path):
-        for sample in _samples(raw, task):
+        for sample in read_samples(raw, task):
             grams.append(ngram_hashes(sample_text(sample), num_words))
     return np.unique(np.concatenate(grams))
 
@@ -174,22 +181,6 @@ def passed_limits(found: SourceAudit, limits: AuditSection) -> list[str]:
             f"data.audit.min_supervised_share ({limits.min_supervised_share:.4%})"
         )
     return passed
-
-
-def sample_text(sample: Sample) -> str:
-    """All that a row says, as one text."""
-    if isinstance(sample, Text):
-        return sample.text
-    if isinstance(sample, Completion):
-        return f"{sample.prompt}\n{sample.completion}"
-    return "\n".join(message.content for message in sample.messages)
-
-
-def _samples(raw: RawShard, task: ShardTask) -> Iterator[Sample]:
-    for record in read_records(raw):
-        sample = parse_sample(record, task)
-        if not isinstance(sample, BadRecord):
-            yield sample
 
 
 def _count_document(tally: _Tally, document: Document, data: DataSection) -> None:
@@ -222,14 +213,7 @@ def _count_text(
     tally.signatures.append(minima(text))
     grams = ngram_hashes(text, settings.ngram_words)
     for name, known in held_out.items():
-        tally.contaminated[name] += _any_in(grams, known)
-
-
-def _any_in(values: npt.NDArray[np.uint64], known: npt.NDArray[np.uint64]) -> bool:
-    if not len(known) or not len(values):
-        return False
-    at = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    return bool((known[at] == values).any())
+        tally.contaminated[name] += shares_any(grams, known)
 
 
 def _general(reason: str) -> str:

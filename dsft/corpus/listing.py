@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsft.config.remote_path import is_remote
+from dsft.config.remote_path import is_hub, is_remote
+from dsft.corpus.hub import list_dataset
 from dsft.corpus.raw_file import RawFile
 from dsft.errors import DataError
 from dsft.remote import list_remote
@@ -43,12 +44,13 @@ class RawShard:
     identity: str
 
 
-def list_shards(source_name: str, path: str | Sequence[str]) -> list[RawShard]:
+def list_shards(source_name: str, path: str | Sequence[str], suffixes: tuple[str, ...] = SUFFIXES) -> list[RawShard]:
     """List the raw shards of a source, sorted by path.
 
     Args:
         source_name: for messages.
         path: file, folder (searched to any depth), glob, URL of one of these, or a list of them.
+        suffixes: of the files that are read.
 
     Raises:
         DataError: something named does not exist, holds no readable kind of file, is empty, or is named twice.
@@ -56,12 +58,12 @@ def list_shards(source_name: str, path: str | Sequence[str]) -> list[RawShard]:
     entries = [path] if isinstance(path, str) else list(path)
     files: dict[str, RawFile] = {}
     for entry in entries:
-        found = list(_expand(source_name, entry))
+        found = list(_expand(source_name, entry, suffixes))
         if not found:
             raise DataError(
-                f"data source {source_name!r}: {entry} holds no file of a known kind ({', '.join(SUFFIXES)}), so there "
+                f"data source {source_name!r}: {entry} holds no file of a known kind ({', '.join(suffixes)}), so there "
                 f"is nothing to read; check the path. In a folder, {ARRAY_SUFFIX} files are read only where they are "
-                f"named: {Path(entry, '*' + ARRAY_SUFFIX)}."
+                f"named: {Path(entry, '*' + ARRAY_SUFFIX)}; .bin and .ds files with format: tokens."
             )
         for file in found:
             if (key := absolute(file.path)) in files:
@@ -82,27 +84,31 @@ def absolute(path: str) -> str:
     return path if is_remote(path) else os.path.abspath(path)
 
 
-def _expand(source_name: str, entry: str) -> Iterator[RawFile]:
+def _expand(source_name: str, entry: str, suffixes: tuple[str, ...]) -> Iterator[RawFile]:
     path = Path(entry)
-    if is_remote(entry):
+    named = (*SUFFIXES, ARRAY_SUFFIX) if suffixes == SUFFIXES else suffixes
+    if is_hub(entry):
+        yield from list_dataset(source_name, entry, suffixes)
+    elif is_remote(entry):
         yield from _remote(entry)
     elif path.is_dir():
-        yield from _folder(source_name, path)
+        yield from _folder(source_name, path, suffixes)
     elif path.is_file():
-        if not entry.endswith((*SUFFIXES, ARRAY_SUFFIX)):
+        if not entry.endswith(named):
             raise DataError(
                 f"data source {source_name!r}: {entry} is of no known kind; a source reads {', '.join(SUFFIXES)}, a "
-                f"{ARRAY_SUFFIX} file that is one array of records, or a folder that datasets.save_to_disk wrote."
+                f"{ARRAY_SUFFIX} file that is one array of records, or a folder that datasets.save_to_disk wrote; with "
+                "format: tokens .bin and .ds files."
             )
-        yield _file(path, path.parent)
+        yield describe_file(path, path.parent)
     elif glob.has_magic(entry):
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         for name in sorted(glob.glob(entry, recursive=True)):
             match = Path(name)
             if match.is_dir():
-                yield from _folder(source_name, match)
-            elif name.endswith((*SUFFIXES, ARRAY_SUFFIX)):
-                yield _file(match, root)
+                yield from _folder(source_name, match, suffixes)
+            elif name.endswith(named):
+                yield describe_file(match, root)
     else:
         raise DataError(f"data source {source_name!r}: there is no file or folder {entry} (in {os.getcwd()}).")
 
@@ -114,7 +120,7 @@ def _remote(url: str) -> Iterator[RawFile]:
         yield RawFile(entry.url.removeprefix(root), entry.url, entry.num_bytes, entry.version)
 
 
-def _folder(source_name: str, folder: Path) -> Iterator[RawFile]:
+def _folder(source_name: str, folder: Path, suffixes: tuple[str, ...]) -> Iterator[RawFile]:
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         raise DataError(
@@ -124,16 +130,17 @@ def _folder(source_name: str, folder: Path) -> Iterator[RawFile]:
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         state = json.loads((folder / "state.json").read_text())  # other .arrow files there are caches
         for item in state["_data_files"]:
-            yield _file(folder / item["filename"], folder)
+            yield describe_file(folder / item["filename"], folder)
         return
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
-            if name.endswith(SUFFIXES) and not name.startswith("."):
-                yield _file(Path(parent, name), folder)
+            if name.endswith(suffixes) and not name.startswith("."):
+                yield describe_file(Path(parent, name), folder)
 
 
-def _file(path: Path, root: Path) -> RawFile:
+def describe_file(path: Path, root: Path) -> RawFile:
+    """A file as a listing has it, named from ``root`` on. Raises DataError where it cannot be read."""
     try:
         status = path.stat()
     except OSError as error:
@@ -147,13 +154,14 @@ def _group(files: Sequence[RawFile]) -> Iterator[RawShard]:
     for file in files:
         joins = file.name.endswith(".txt") and 0 < len(group) < TEXT_FILES_PER_SHARD and group[0].name.endswith(".txt")
         if group and not joins:
-            yield _shard(group)
+            yield join_files(group)
             group = []
         group.append(file)
-    yield _shard(group)
+    yield join_files(group)
 
 
-def _shard(files: Sequence[RawFile]) -> RawShard:
+def join_files(files: Sequence[RawFile]) -> RawShard:
+    """The shard that consists of these files."""
     return RawShard(
         name=files[0].name,
         files=tuple(files),

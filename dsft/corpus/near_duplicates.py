@@ -43,6 +43,14 @@ def ngram_hashes(text: str, num_words: int) -> UInt64:
     return hashes
 
 
+def shares_any(values: UInt64, known: UInt64) -> bool:
+    """Whether one of ``values`` is among the sorted ``known``."""
+    if not len(known) or not len(values):
+        return False
+    at = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    return bool((known[at] == values).any())
+
+
 def text_hash(text: str) -> int:
     """63-bit hash of a text; white space at its ends does not count."""
     digest = hashlib.blake2b(text.strip().encode(), digest_size=8).digest()

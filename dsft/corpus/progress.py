@@ -20,8 +20,9 @@ class PrepareProgress:
         worker: which one.
         source: the source it is at.
         documents, tokens, text_bytes: written by this worker in this call.
-        read_bytes: raw bytes it has read or found prepared, of its ``total_bytes``.
+        read_bytes: raw bytes it has read, and its part of those found prepared.
         prepared_bytes: those among ``read_bytes`` that were found prepared.
+        total_bytes: ``read_bytes``, what is left of its shard, and its part of what no worker has taken yet.
         line: something to say to the user; usually empty.
     """
 
@@ -89,9 +90,9 @@ class ProgressLines:
 class Reporter:
     """Adds up shards and calls ``progress`` at most five times a second."""
 
-    def __init__(self, progress: Callable[[PrepareProgress], None], worker: int, total_bytes: int) -> None:
+    def __init__(self, progress: Callable[[PrepareProgress], None], worker: int) -> None:
         self._progress = progress
-        self._worker, self._total_bytes = worker, total_bytes
+        self._worker, self._left_bytes = worker, 0
         self._source = ""
         self._documents = self._tokens = self._text_bytes = self._read_bytes = self._prepared_bytes = 0
         self._shard = ShardProgress(0, 0, 0, 0)
@@ -100,6 +101,10 @@ class Reporter:
     def begin_source(self, name: str) -> None:
         """Say which source is being prepared."""
         self._source = name
+
+    def expect(self, raw_bytes: int) -> None:
+        """So much is left for this worker, as far as can be seen: the current shard, and a part of what is free."""
+        self._left_bytes = raw_bytes
 
     def at(self, shard: ShardProgress) -> None:
         """The current shard's state."""
@@ -117,6 +122,7 @@ class Reporter:
         self._tokens += self._shard.tokens
         self._text_bytes += self._shard.text_bytes
         self._read_bytes += raw_bytes
+        self._left_bytes = max(self._left_bytes - raw_bytes, 0)
         self._shard = ShardProgress(0, 0, 0, 0)
 
     def skip(self, raw_bytes: int) -> None:
@@ -143,7 +149,7 @@ class Reporter:
                 text_bytes=self._text_bytes + self._shard.text_bytes,
                 read_bytes=self._read_bytes + self._shard.read_bytes,
                 prepared_bytes=self._prepared_bytes,
-                total_bytes=self._total_bytes,
+                total_bytes=self._read_bytes + self._left_bytes,
                 line=line,
             )
         )

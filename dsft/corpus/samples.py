@@ -59,3 +59,12 @@ class Conversation:
 
 
 Sample = Text | Completion | Conversation
+
+
+def sample_text(sample: Sample) -> str:
+    """All that a row says, as one text."""
+    if isinstance(sample, Text):
+        return sample.text
+    if isinstance(sample, Completion):
+        return f"{sample.prompt}\n{sample.completion}"
+    return "\n".join(message.content for message in sample.messages)

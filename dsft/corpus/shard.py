@@ -86,10 +86,7 @@ def prepare_shard(
         for record, result in read_documents(raw, task, encoder):
             if isinstance(result, BadRecord):
                 if task.bad_records == "error":
-                    raise DataError(
-                        f"{record.location}: {result}. Correct the record, or set data.bad_records: skip to leave such "
-                        "records out and count them."
-                    )
+                    raise bad_record_error(record, result)
                 counts["bad_records"] += 1
                 shown[record.file] += 1
                 if shown[record.file] <= _FINDINGS_SHOWN:
@@ -137,6 +134,22 @@ def read_documents(
     yield from _encoded(records, samples, encoder)
 
 
+def read_samples(raw: RawShard, task: ShardTask) -> Iterator[Sample]:
+    """What the records of a raw shard say, without those that cannot be used."""
+    for record in read_records(raw):
+        sample = parse_sample(record, task)
+        if not isinstance(sample, BadRecord):
+            yield sample
+
+
+def bad_record_error(record: Record, found: BadRecord) -> DataError:
+    """What stops preparation at a bad record."""
+    return DataError(
+        f"{record.location}: {found}. Correct the record, or set data.bad_records: skip to leave such records out and "
+        "count them."
+    )
+
+
 def parse_sample(record: Record, task: ShardTask) -> Sample | BadRecord:
     """What a record says, or why it cannot be used."""
     if isinstance(record.value, BadRecord):
@@ -170,4 +183,4 @@ def dropped_because(document: Document) -> str | None:
     if document.num_bytes == 0:
         return "without_text"
     targets = document.spans[:, 1] - np.maximum(document.spans[:, 0], 1)  # token 0 is never predicted
-    return None if int(targets.clip(min=0).sum()) > 0 else "without_supervised_tokens"
+    return None if bool((targets > 0).any()) else "without_supervised_tokens"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
 from dsft.corpus.fields import kind
+from dsft.corpus.hub import read_dataset_shard
 from dsft.corpus.listing import RawShard
 from dsft.corpus.raw_file import RawFile
 from dsft.corpus.samples import BadRecord
@@ -64,13 +65,15 @@ def read_records(shard: RawShard, columns: list[str] | None = None) -> Iterator[
     for file in shard.files:
         try:
             yield from _reader(file)(file, columns)
-            if file.is_remote:
+            if file.is_remote and not file.is_hub_shard:  # that one is of a commit
                 check_unchanged(file.path, file.num_bytes, file.version)
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
 def _reader(file: RawFile) -> Callable[[RawFile, list[str] | None], Iterator[Record]]:
+    if file.is_hub_shard:
+        return _read_hub
     readers = {
         ".jsonl": _read_jsonl,
         ".jsonl.gz": _read_jsonl,
@@ -235,6 +238,11 @@ def _read_arrow(file: RawFile, columns: list[str] | None) -> Iterator[Record]:
                 yield from _rows(file, _slices(stream, columns), None)
     except pyarrow.ArrowException as error:
         raise DamagedFileError(f"{file} is not a whole Arrow file: {_first_line(error)}") from error
+
+
+def _read_hub(file: RawFile, columns: list[str] | None) -> Iterator[Record]:
+    for number, value in enumerate(read_dataset_shard(file, columns), start=1):
+        yield Record(file, f"row {number}", value, file.num_bytes)
 
 
 def _slices(batches: Iterable[Any], columns: list[str] | None) -> Iterator[Any]:

@@ -21,7 +21,7 @@ class SourceStatistics:
         shards, documents, tokens: counts.
         supervised_tokens: tokens that are predicted and learned.
         supervised_share: these over all tokens.
-        bytes_per_token: UTF-8 bytes of learned text over learned tokens.
+        bytes_per_token: UTF-8 bytes of learned text over learned tokens; 0: not known (format tokens).
         length_percentiles: percentile -> tokens a document.
         longest: tokens of the longest document.
         left_out: records that became no document, by reason.

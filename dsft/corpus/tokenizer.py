@@ -57,7 +57,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         """Ids of each text, int32[n]; nothing is added, and only what is privately spelled becomes a control token."""
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        ids = (encoding.ids for encoding in encodings)  # a new list at each access
+        return [np.fromiter(of_text, np.int32, len(of_text)) for of_text in ids]
 
     def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[Encoding]:
         """As :meth:`encode_batch`, with each token's character range (``ids`` and ``offsets``)."""

@@ -43,7 +43,7 @@ def pairs_of_module(name: str, source: str) -> list[Pair]:
     doc = first_paragraph(tree)
     if doc is not None:
         pairs.append(Pair("purpose", name, f"What is the module `{name}` for?", doc, doc))
-    for qualified_name, node in _public_definitions(name, tree):
+    for qualified_name, node in public_definitions(name, tree):
         pairs.extend(_pairs_of_definition(name, qualified_name, node))
     return pairs
 
@@ -65,7 +65,7 @@ def signature(qualified_name: str, node: ast.FunctionDef | ast.AsyncFunctionDef)
     return f"{qualified_name}({ast.unparse(node.args)}){result}"
 
 
-def _public_definitions(prefix: str, tree: ast.Module | ast.ClassDef) -> Iterator[tuple[str, _Definition]]:
+def public_definitions(prefix: str, tree: ast.Module | ast.ClassDef) -> Iterator[tuple[str, _Definition]]:
     """Public functions and classes with their dotted names, outermost first; a redefinition counts once."""
     seen = set()
     for node in tree.body:
@@ -75,7 +75,7 @@ def _public_definitions(prefix: str, tree: ast.Module | ast.ClassDef) -> Iterato
         qualified_name = f"{prefix}.{node.name}"
         yield qualified_name, node
         if isinstance(node, ast.ClassDef):
-            yield from _public_definitions(qualified_name, node)
+            yield from public_definitions(qualified_name, node)
 
 
 def _pairs_of_definition(module: str, name: str, node: _Definition) -> Iterator[Pair]:

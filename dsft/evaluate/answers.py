@@ -235,11 +235,12 @@ def _check_room(questions: Sequence[Question], store: SourceStore, model: Packed
 def _sampling(section: EvaluationSetSection, num_prompts: int, seed: int) -> Sampling | None:
     if section.temperature == 0.0:
         return None
-    seeds = tuple(_seed_of(seed, section.name, number) for number in range(num_prompts))
+    seeds = tuple(seed_of(seed, section.name, number) for number in range(num_prompts))
     return Sampling(section.temperature, section.top_p, seeds)
 
 
-def _seed_of(seed: int, set_name: str, number: int) -> int:
+def seed_of(seed: int, set_name: str, number: int) -> int:
+    """Seed of one prompt's draws, from the run's seed, the set and the prompt's number."""
     digest = hashlib.blake2b(f"{seed}/answer/{set_name}/{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -41,10 +41,11 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Likelihoods:
-    """Equal on all ranks. log_likelihood: float64[n] in nats; num_tokens: float64[n] scored tokens."""
+    """Equal on all ranks. float64[n]: nats; scored tokens; those of them to which the model gave the largest score."""
 
     log_likelihood: npt.NDArray[np.float64]
     num_tokens: npt.NDArray[np.float64]
+    num_correct: npt.NDArray[np.float64]
 
     @property
     def per_token(self) -> npt.NDArray[np.float64]:
@@ -88,7 +89,7 @@ def log_likelihoods(
         raise DataError(f"{what}: a text has {longest:,} tokens, more than data.pack_tokens ({pack_tokens:,}); cut it.")
     packs = _packs(sequences, pack_tokens)
     rank, num_ranks = groups.world.rank, groups.world.size
-    totals = np.zeros((2, len(sequences)))
+    totals = np.zeros((3, len(sequences)))
     with evaluating(model):
         for begin in range(0, len(packs), num_ranks):
             end_if_asked(stop, groups)
@@ -98,8 +99,8 @@ def log_likelihoods(
             owners = np.array(numbers, np.int64)[owner] if numbers else owner
             np.add.at(totals[0], owners, -output.row_nll.double().cpu().numpy())
             np.add.at(totals[1], owners, 1.0)
-    log_likelihood, num_tokens = groups.sum(totals.reshape(-1)).reshape(totals.shape)
-    return Likelihoods(log_likelihood, num_tokens)
+            np.add.at(totals[2], owners, output.row_correct.double().cpu().numpy())
+    return Likelihoods(*groups.sum(totals.reshape(-1)).reshape(totals.shape))
 
 
 def _packs(sequences: Sequence[Scored], pack_tokens: int) -> list[list[int]]:

@@ -27,6 +27,14 @@ def require_packages(metrics: Sequence[str]) -> None:
             )
 
 
+def require_harness() -> None:
+    """Raise ConfigError where lm-evaluation-harness is not installed (extra ``lm-eval``)."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "evaluate.lm_eval needs lm-evaluation-harness, which is not installed: pip install 'dsft[lm-eval]'."
+        )
+
+
 def rouge(kinds: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
     """F-measure of each answer, by kind (``rouge1``, ``rouge2``, ``rougeL``), in [0, 1]."""
     from rouge_score.rouge_scorer import RougeScorer

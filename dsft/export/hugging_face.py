@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,6 +68,11 @@ def export_checkpoint(
     with WeightReader(checkpoint, torch_dtype) as weights, _staged_folder(out) as staging:
         _check_weights(checkpoint, model.state_dict(), weights)
         _save_offloaded(model, weights, staging, max_shard_bytes)
+        if not (staging / "config.json").is_file() or not any(staging.glob("*.safetensors")):
+            raise CheckpointError(
+                f"transformers {version('transformers')} wrote no config.json and no weights of {checkpoint}, and said "
+                "nothing. Nothing was exported. Use the version that dsft's constraints name."
+            )
         others = shutil.ignore_patterns("config.json")  # transformers has written it, with the exported dtype
         shutil.copytree(checkpoint / MODEL_FOLDER, staging, dirs_exist_ok=True, ignore=others)
 
@@ -81,10 +87,13 @@ def _check_small_files(checkpoint: Path) -> None:
 def _save_offloaded(model: Any, weights: WeightReader, folder: Path, max_shard_bytes: int) -> None:
     """``save_pretrained`` of a model whose weights lie elsewhere: ``weights`` gives each by its name when it is due.
 
-    These two attributes are accelerate's, by which transformers knows such a model.
+    Two attributes are accelerate's, by which transformers knows such a model. The third: in a started run transformers
+    writes on rank 0 only, and returns without a word on the others (5.23, distributed/mixin.py); here one process
+    exports, whichever rank it is.
     """
     model.hf_device_map = {"": "disk"}
     model._hf_hook = SimpleNamespace(weights_map=weights)
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         model.save_pretrained(folder, max_shard_size=max_shard_bytes)

@@ -58,10 +58,12 @@ class Wanted:
     Attributes:
         folders: that all hosts must see and be able to write.
         files: that must be there and the same on every host.
+        local_dir: ``checkpoint.local_dir``, and ``run_dir``, on whose file system it should not be; None: no such.
         port: wanted on the first host; None: any free one.
         environ: the variables that travel to the hosts.
-        host_bytes, device_bytes, disk_bytes: memory of a host and of a device, and disk that the run needs; None: not
-            known.
+        host_bytes, device_bytes, disk_bytes: memory of a host and of a device, and shared disk that the run needs;
+            None: not known.
+        local_bytes: that a rank's shards take in ``local_dir``; None: not known.
         ops: DeepSpeed's ops that it needs.
         is_offloaded: it keeps state in the memory of the hosts.
         python: the interpreter that deepspeed will start on every host.
@@ -69,11 +71,14 @@ class Wanted:
 
     folders: Sequence[str] = ()
     files: Sequence[str] = ()
+    local_dir: str | None = None
+    run_dir: str | None = None
     port: int | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
     host_bytes: float | None = None
     device_bytes: float | None = None
     disk_bytes: float | None = None
+    local_bytes: float | None = None
     ops: Sequence[str] = ()
     is_offloaded: bool = False
     python: str = "python"
@@ -220,6 +225,28 @@ def _disk(check: str, states: list[tuple[Probed, dict[str, Any]]], needed: float
         yield Finding(check, "failure", text, "Free some, choose another run.dir, or lower checkpoint.keep_last.")
 
 
+def _local_dir(there: Sequence[Probed], wanted: Wanted) -> Iterable[Finding]:
+    """Each host stores the shards of its own ranks there, and copies of those of the host before it."""
+    if wanted.local_dir is None:
+        return
+    check, found = f"local_dir {wanted.local_dir}", []
+    states = [(one.host, one.report["local_dir"]) for one in there if one.report is not None]
+    for number, (host, state) in enumerate(states):
+        slots = host.slots + (states[number - 1][0].slots if len(states) > 1 else 0)
+        needed = slots * (wanted.local_bytes or 0.0)
+        if state["error"]:
+            text = f"{host.name}: cannot be written ({state['error']})"
+            found.append(Finding(check, "failure", text, "Make it, under the same path, on a disk of every host."))
+        elif state["free_bytes"] < needed:
+            text = f"{host.name}: {state['free_bytes'] / _GB:.2f} GB are free, and the shards of {slots} ranks take "
+            fix = "Free some, choose another folder, or lower checkpoint.keep_last."
+            found.append(Finding(check, "failure", f"{text}{needed / _GB:.2f} GB", fix))
+    if shared := [host.name for host, state in states if state["is_on_run_dir"]]:
+        text = f"on {_names(shared)} on the file system of run.dir: one of them is not what it should be"
+        found.append(Finding(check, "warning", text, "Name a folder on a disk of the host, and share run.dir."))
+    yield from found or [Finding(check, "ok", "a disk of its own, written by every host")]
+
+
 def _devices(there: Sequence[Probed], wanted: Wanted) -> Iterable[Finding]:
     """Slots against devices, or against processors where no host has a device."""
     reports = [(one.host, one.report) for one in there if one.report is not None]
@@ -348,16 +375,20 @@ def _ops(there: Sequence[Probed], wanted: Wanted) -> Iterable[Finding]:
     for lock, names in sorted(stale.items()):
         text = f"no process holds {lock} on {_names(names)}; a plain DeepSpeed would wait for it for ever"
         yield Finding("op locks", "failure", text, f"Remove it (dsft train does so, too): rm {lock}")
-    missing = [f"{host.name} ({', '.join(lacks)})" for host, report in reports
-               if (lacks := [op for op in wanted.ops if op not in report["ops"]])]  # fmt: skip
-    if missing:
+    lacks = {host.name: [op for op in wanted.ops if op not in report["ops"]] for host, report in reports}
+    without = [host.name for host, report in reports if "async_io" in lacks[host.name] and not report["libaio"]]
+    if without:
+        text = f"libaio's header, with which NVMe offload's async_io is built, is not on {_names(without)}"
+        yield Finding("libaio", "failure", text, "Install libaio-dev (Debian), libaio-devel (RHEL), or offload to cpu.")
+    elif missing := [f"{name} ({', '.join(ops)})" for name, ops in lacks.items() if ops]:
         text = f"DeepSpeed's ops are not built yet on {_names(missing)}; the first start does it, in minutes"
-        yield Finding("ops", "warning", text, f"Build them ahead: {wanted.python} -m dsft.launch.native_ops")
+        unbuilt = " ".join(op for op in wanted.ops if any(op in ops for ops in lacks.values()))
+        yield Finding("ops", "warning", text, f"Build them ahead: {wanted.python} -m dsft.launch.native_ops {unbuilt}")
     elif not stale:
         yield Finding("ops", "ok", "built, and no lock was left behind")
 
 
-_CHECKS = (_versions, _files, _folders, _devices, _memory, _clocks, _network, _ops)
+_CHECKS = (_versions, _files, _folders, _local_dir, _devices, _memory, _clocks, _network, _ops)
 
 
 def _pairs(values: Mapping[str, object]) -> str:

@@ -45,7 +45,7 @@ class Beat:
         number: beats so far.
         phase, step: see :class:`Progress`.
         limit_seconds: how long this phase may take; None: no limit.
-        phase_seconds: how long it has taken.
+        phase_seconds: how long it has taken, or since it last waited for data.
     """
 
     rank: int
@@ -67,6 +67,8 @@ class Beat:
 
 def limit_seconds(progress: Progress) -> float | None:
     """How long a rank may be where it is; None: no limit."""
+    if progress.is_waiting_for_data:
+        return None
     if progress.phase != "step":
         return PHASE_LIMIT_SECONDS.get(progress.phase)
     median = progress.median_step_seconds
@@ -119,7 +121,7 @@ class Heartbeat:
             progress.phase,
             progress.step,
             limit_seconds(progress),
-            time.monotonic() - progress.since,
+            time.monotonic() - max(progress.since, progress.data_since),
         )
         try:
             os.pwrite(self._descriptor, json.dumps(asdict(beat)).encode().ljust(_RECORD_BYTES), 0)

@@ -30,6 +30,8 @@ LOCK_NAME = "owner.lock"
 STATE_NAME = "run_state.json"
 _DYING_SECONDS = 3.0
 """A process that was killed keeps its lock until its last thread is gone; the storm saw a start that was faster."""
+SHARED_FOLDER_SECONDS = 30.0
+"""So long the hosts have to see what rank 0 has just written."""
 RunStatus = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -96,7 +98,7 @@ def take_run_folder(path: Path, groups: Groups) -> RunFolder:
     """Create the folder if need be and become its owner. Collective: rank 0 takes it, all ranks learn the result.
 
     Raises:
-        LaunchError: another live run owns it, on every rank alike.
+        LaunchError: another live run owns it, or a rank has another folder of that path; on every rank alike.
         SaveError: it cannot be made or written, on every rank alike.
     """
     attempt = uuid.uuid4().hex
@@ -112,7 +114,32 @@ def take_run_folder(path: Path, groups: Groups) -> RunFolder:
         except DsftError as failure:
             error = failure
     groups.agree(error)
-    return RunFolder(path, str(groups.broadcast_object(attempt)), descriptor)
+    attempt = str(groups.broadcast_object(attempt))
+    folder = RunFolder(path, attempt, descriptor)
+    try:
+        groups.agree(_check_shared(path, attempt))
+    except DsftError:
+        folder.release()
+        raise
+    return folder
+
+
+def _check_shared(path: Path, attempt: str) -> LaunchError | None:
+    """Whether this rank sees what rank 0 wrote there; a network file system may take a moment."""
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+    while True:
+        try:
+            if json.loads((path / LOCK_NAME).read_bytes())["attempt"] == attempt:
+                return None
+        except (OSError, ValueError, KeyError):
+            pass  # not there, or not yet all of it
+        if time.monotonic() > deadline:
+            return LaunchError(
+                f"run.dir: {path} is not shared: {socket.gethostname()} has another folder of that path, or none; what "
+                f"rank 0 wrote there {SHARED_FOLDER_SECONDS:.0f} s ago is not in it. Put run.dir on storage that every "
+                "host mounts at the same path."
+            )
+        time.sleep(0.1)
 
 
 def wait_until_free(path: Path, seconds: float) -> bool:

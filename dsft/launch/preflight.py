@@ -112,6 +112,8 @@ def _request(first: Host, number: int | None, nonce: str, wanted: Wanted) -> str
             "nonce": nonce,
             "folders": list(wanted.folders),
             "files": list(wanted.files),
+            "local_dir": wanted.local_dir,
+            "run_dir": wanted.run_dir,
             "search": [os.getcwd(), *python_path],
             "first": first.name,
             "port": wanted.port,

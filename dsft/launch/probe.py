@@ -22,6 +22,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,10 @@ def report(request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         request: ``number`` of the host (null: as SLURM says), ``nonce`` in the names of the files that show whether a
-            folder is shared, ``folders`` that must be, ``files`` that must be the same everywhere, ``search`` (where
-            Python finds dsft and its packages), ``first`` (name of the host of rank 0), ``port`` (wanted there, or
-            null), ``cache`` (of dsft) and ``extensions`` (of torch), null for their usual places.
+            folder is shared, ``folders`` that must be, ``files`` that must be the same everywhere, ``local_dir`` and
+            ``run_dir`` of a run that saves to disks of the hosts (null: it does not), ``search`` (where Python finds
+            dsft and its packages), ``first`` (name of the host of rank 0), ``port`` (wanted there, or null), ``cache``
+            (of dsft) and ``extensions`` (of torch), null for their usual places.
     """
     began = time.time()
     number = int(os.environ["SLURM_NODEID"]) if request["number"] is None else request["number"]
@@ -57,6 +59,7 @@ def report(request: dict[str, Any]) -> dict[str, Any]:
         "code": _code(),
         "files": {path: _sha256(path) for path in request["files"]},
         "folders": {folder: _folder(folder, request["nonce"], number) for folder in request["folders"]},
+        "local_dir": None if request["local_dir"] is None else _local_dir(request["local_dir"], request["run_dir"]),
         "gpus": _gpus(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": _available_bytes(),
@@ -69,6 +72,7 @@ def report(request: dict[str, Any]) -> dict[str, Any]:
         "free_port": _free_port(),
         "ops": sorted({os.path.basename(path)[:-3] for path in glob.glob(f"{_ops_folder(cache)}/*/*.so")}),
         "locks": _locks(cache, request["extensions"]),
+        "libaio": _has_libaio(),
         "ended": time.time(),
     }
 
@@ -127,6 +131,20 @@ def _folder(folder: str, nonce: str, number: int) -> dict[str, Any]:
             file.write(b"x" * 4096)
             file.flush()
             os.fsync(file.fileno())
+    except OSError as error:
+        result["error"] = error.strerror
+    return {**result, "free_bytes": _free_bytes(folder)}
+
+
+def _local_dir(folder: str, run_dir: str) -> dict[str, Any]:
+    """Whether it can be written, how much is free, and whether the run folder is on the same file system."""
+    result: dict[str, Any] = {"error": None, "is_on_run_dir": False}
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+        result["is_on_run_dir"] = os.path.isdir(run_dir) and os.stat(folder).st_dev == os.stat(run_dir).st_dev
     except OSError as error:
         result["error"] = error.strerror
     return {**result, "free_bytes": _free_bytes(folder)}
@@ -207,6 +225,12 @@ def _free_port() -> int:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
+
+
+def _has_libaio() -> bool:
+    """Whether DeepSpeed's async_io could be compiled: its header is in a usual place, or flags name another one."""
+    folders = ("/usr/include", "/usr/local/include", f"{sys.prefix}/include", *os.environ.get("CPATH", "").split(":"))
+    return "CFLAGS" in os.environ or any(os.path.exists(f"{folder}/libaio.h") for folder in folders)
 
 
 def _ops_folder(cache: str) -> str:

@@ -14,7 +14,7 @@ _NUM_REMEMBERED = 33
 
 
 class Progress:
-    """Written by one thread, read by another; every attribute is replaced as a whole.
+    """Written by one thread (waits for data: by another), read by a third; attributes are replaced as a whole.
 
     Attributes:
         phase: what this rank does now.
@@ -22,6 +22,8 @@ class Progress:
         since: ``time.monotonic()`` at which it began.
         save_seconds: how long the last save took to write; None: none yet.
         is_saving: a save is in flight while this rank goes on.
+        is_waiting_for_data: it will need data that are still made; however long that takes, it does not hang.
+        data_since: ``time.monotonic()`` at which the last such wait ended; 0.0: there was none.
     """
 
     def __init__(self) -> None:
@@ -30,6 +32,8 @@ class Progress:
         self.since = time.monotonic()
         self.save_seconds: float | None = None
         self.is_saving = False
+        self.is_waiting_for_data = False
+        self.data_since = 0.0
         self._step_seconds: deque[float] = deque(maxlen=_NUM_REMEMBERED)
 
     def begin(self, phase: Phase, step: int) -> None:
@@ -48,6 +52,16 @@ class Progress:
             yield
         finally:
             self.phase, self.since = outer, outer_since + time.monotonic() - began
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around a wait for data that are still made; in the one thread that reads data ahead."""
+        self.is_waiting_for_data = True
+        try:
+            yield
+        finally:
+            self.data_since = time.monotonic()
+            self.is_waiting_for_data = False
 
     @property
     def median_step_seconds(self) -> float | None:

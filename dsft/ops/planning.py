@@ -1,4 +1,4 @@
-"""The native parts of the plan: permutations, a source's order, the mixture's merge, best-fit-decreasing.
+"""The native parts of the plan: permutations, a source's order, the mixture's merge, packing.
 
 Plain functions over numpy arrays. Their specification is the ``_reference`` functions in ``dsft/sampling``, which
 choose between the two: both give the same result bit by bit.
@@ -39,6 +39,8 @@ def _library() -> ctypes.CDLL:
         ),
         "dsft_merge_by_tag": (_INT64, [_INT64, *[_POINTER] * 4, _INT64, _INT64, _POINTER, _POINTER]),
         "dsft_best_fit_decreasing": (_INT64, [_POINTER, _INT64, _INT32, _POINTER, _POINTER]),
+        "dsft_next_fit": (_INT64, [_POINTER, _INT64, _INT32, _POINTER]),
+        "dsft_concat_and_split": (_INT64, [_POINTER, _INT64, _INT32, *[_POINTER] * 4]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
@@ -152,3 +154,34 @@ def best_fit_decreasing(lengths: Int32, pack_tokens: int) -> tuple[Int64, Int64]
     )
     assert num_packs >= 0, f"piece {-1 - num_packs} has {lengths[-1 - num_packs]} tokens, not 1 to {pack_tokens}"
     return pieces, offsets[: num_packs + 1].copy()
+
+
+def next_fit(lengths: Int32, pack_tokens: int) -> Int64:
+    """Pack pieces of ``lengths`` (int32[N], each in [1, pack_tokens]) in their order; returns offsets int64[P + 1]."""
+    lengths = np.ascontiguousarray(lengths, dtype=np.int32)
+    offsets = np.empty(len(lengths) + 1, dtype=np.int64)
+    num_packs = _library().dsft_next_fit(lengths.ctypes.data, len(lengths), pack_tokens, offsets.ctypes.data)
+    assert num_packs >= 0, f"piece {-1 - num_packs} has {lengths[-1 - num_packs]} tokens, not 1 to {pack_tokens}"
+    return offsets[: num_packs + 1].copy()
+
+
+def concat_and_split(planned: Int32, pack_tokens: int) -> tuple[Int64, Int64, Int32, Int64]:
+    """Cut documents (int32[N] tokens each, >= 1), one after the other, wherever a pack is full.
+
+    Returns:
+        Of each piece the document int64, its first token int64 and its length int32; offsets int64[P + 1].
+    """
+    planned = np.ascontiguousarray(planned, dtype=np.int32)
+    most_packs = -(-int(planned.sum(dtype=np.int64)) // pack_tokens)
+    document, start = (np.empty(len(planned) + most_packs, dtype=np.int64) for _ in range(2))
+    length = np.empty(len(planned) + most_packs, dtype=np.int32)
+    offsets = np.empty(most_packs + 1, dtype=np.int64)
+    num_packs = _library().dsft_concat_and_split(
+        planned.ctypes.data,
+        len(planned),
+        pack_tokens,
+        *(column.ctypes.data for column in (document, start, length, offsets)),
+    )
+    assert num_packs == most_packs, f"document {-1 - num_packs} has no token"
+    num_pieces = int(offsets[-1])
+    return document[:num_pieces], start[:num_pieces], length[:num_pieces], offsets

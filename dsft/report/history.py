@@ -9,6 +9,7 @@ from typing import Any
 
 from dsft.errors import DataError
 from dsft.metrics.recorder import METRICS_NAME
+from dsft.train.followed_advice import ADVICE_NAME
 
 _KINDS = ("step", "evaluation", "bias", "checkpoint", "warning", "resume")
 """Of records, in the order of :class:`History`'s fields."""
@@ -22,6 +23,7 @@ class History:
         config: the resolved configuration. state: ``run_state.json``.
         steps, evaluations, bias, checkpoints, warnings: of the lineage that was kept.
         resumes: every start that went on from a checkpoint.
+        advice: what ``dsft advise`` recommended, where the run follows it.
     """
 
     folder: Path
@@ -33,6 +35,7 @@ class History:
     checkpoints: tuple[dict[str, Any], ...]
     warnings: tuple[dict[str, Any], ...]
     resumes: tuple[dict[str, Any], ...]
+    advice: dict[str, Any] | None
 
     def sets(self) -> list[str]:
         """Names of the held-out sets that were measured, in order."""
@@ -69,7 +72,9 @@ def read_history(folder: Path) -> History:
                 kinds[kind] = [kept for kept in kinds[kind] if kept["step"] <= record["step"]]
         if record.get("kind") in kinds:
             kinds[record["kind"]].append(record)
-    return History(folder, config, state, *(tuple(kinds[kind]) for kind in _KINDS))
+    advice = _read_json(folder / ADVICE_NAME) if (folder / ADVICE_NAME).is_file() else None
+    steps, evaluations, bias, checkpoints, warnings, resumes = (tuple(kinds[kind]) for kind in _KINDS)
+    return History(folder, config, state, steps, evaluations, bias, checkpoints, warnings, resumes, advice)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

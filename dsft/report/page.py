@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from html import escape
 
+from dsft.report.advice import question, recommendation
 from dsft.report.chart import chart
 from dsft.report.content import SamplePair, Verdict, charts, facts, samples, verdicts
+from dsft.report.goals import Goal, goals
 from dsft.report.history import History
 
 _STYLE = """
@@ -21,7 +23,8 @@ svg.key{width:24px;height:8px;margin-right:.4rem}
 .wide{overflow-x:auto}table{border-collapse:collapse}td,th{padding:.25rem .75rem .25rem 0;text-align:left;
 border-bottom:1px solid var(--line);vertical-align:top}th,.scores td{overflow-wrap:normal}
 td.number{white-space:nowrap;font-variant-numeric:tabular-nums}
-.better{color:#0a7d33}.worse{color:#c62828}@media(prefers-color-scheme:dark){.better{color:#5fd38d}.worse{color:#ff8a80}}
+.better,.reached,.kept{color:#0a7d33}.worse,.missed,.passed{color:#c62828}
+@media(prefers-color-scheme:dark){.better,.reached,.kept{color:#5fd38d}.worse,.missed,.passed{color:#ff8a80}}
 .sample{border-top:1px solid var(--line);padding:.5rem 0}.sample dl{display:grid;gap:.25rem 1rem;margin:0;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,16rem),1fr))}dt{color:var(--soft);font-size:.9rem}
 dd{margin:0;white-space:pre-wrap}
@@ -31,6 +34,10 @@ dd{margin:0;white-space:pre-wrap}
 .scores td:nth-child(3){grid-column:1/-1}.scores .number{white-space:normal;font-size:.9rem}
 .scores .number::before{content:"before ";color:var(--soft)}.scores .number:last-child::before{content:"after "}}
 """
+_GOALS_EXPLANATION = (
+    "What the run's evaluate section set out to do or to keep. Reached and missed need 95 % intervals that do not "
+    "overlap; a limit is kept or passed by the rule that training itself goes by, at the last evaluation."
+)
 _EXPLANATION = (
     "First against last evaluation. A verdict needs 95 % intervals (bootstrap over documents) that do not overlap. "
     "They say how much a score depends on the documents that were drawn, not how it would change with another seed; "
@@ -42,9 +49,12 @@ def html_page(history: History) -> str:
     """A self-contained page: no script, nothing loaded from anywhere."""
     name = str(history.config["run"]["name"])
     marks = [float(record["step"]) for record in history.resumes]
-    rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in facts(history))
     figures = "".join(chart(one.title, "step", one.unit, one.lines, marks) for one in charts(history))
-    sections = [f'<h2>What ran</h2><div class="wide"><table>{rows}</table></div>']
+    sections = [f"<h2>{title}</h2>{_fact_table(rows)}" for title, rows in _fact_sections(history)]
+    aims = goals(history)
+    if aims:
+        items = "".join(_goal_item(one) for one in aims)
+        sections.append(f"<h2>Goals</h2><p>{escape(_GOALS_EXPLANATION)}</p><ul>{items}</ul>")
     found = verdicts(history)
     if found:
         head = "<tr><th>set</th><th>score</th><th>verdict</th><th>before</th><th>after</th></tr>"
@@ -71,8 +81,14 @@ def html_page(history: History) -> str:
 
 def markdown(history: History) -> str:
     """The same without curves, for a terminal, an issue or a wiki."""
-    lines = [f"# {history.config['run']['name']}", "", "## What ran", "", "| | |", "|---|---|"]
-    lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in facts(history)]
+    lines = [f"# {history.config['run']['name']}"]
+    for title, rows in _fact_sections(history):
+        lines += ["", f"## {title}", "", "| | |", "|---|---|"]
+        lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows]
+    aims = goals(history)
+    if aims:
+        lines += ["", "## Goals", "", _GOALS_EXPLANATION, ""]
+        lines += [f"- **{one.word}**: {_cell(one.wanted)}{_found(one)}" for one in aims]
     found = verdicts(history)
     if found:
         lines += ["", "## Did it work", "", _EXPLANATION, "", "| set | score | before | after | verdict |"]
@@ -90,6 +106,28 @@ def markdown(history: History) -> str:
             cells = (pair.set_name, pair.prompt, pair.reference, pair.before, pair.after)
             lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def _fact_sections(history: History) -> list[tuple[str, list[tuple[str, str]]]]:
+    sections = [
+        ("The question", question(history)),
+        ("What was recommended", recommendation(history)),
+        ("What ran", facts(history)),
+    ]
+    return [(title, rows) for title, rows in sections if rows]
+
+
+def _fact_table(rows: list[tuple[str, str]]) -> str:
+    body = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in rows)
+    return f'<div class="wide"><table>{body}</table></div>'
+
+
+def _goal_item(one: Goal) -> str:
+    return f'<li><b class="{one.word.replace(" ", "-")}">{one.word}</b>: {escape(one.wanted + _found(one))}</li>'
+
+
+def _found(one: Goal) -> str:
+    return f" ({one.found})" if one.found else ""
 
 
 def _verdict_row(one: Verdict) -> str:

@@ -114,7 +114,6 @@ class SourceOrder:
         self._group_shards = group_shards
         self._pack_tokens = pack_tokens
         self._overlong: Overlong = overlong
-        self._num_groups = -(-source.num_shards // group_shards)
         self._shard_key = stream_key(seed, "shards", source.name)
         self._document_key = stream_key(seed, "documents", source.name)
         self._loaded: _Group | None = None
@@ -128,9 +127,9 @@ class SourceOrder:
         first_epoch = epoch
         dropped = dropped_tokens = 0
         while True:
-            if group >= self._num_groups:
+            if group >= self._num_groups(epoch):
                 epoch, group, ordinal = epoch + 1, 0, 0
-                if epoch > first_epoch + 1 or self._num_groups == 0:
+                if epoch > first_epoch + 1 or self.source.num_shards == 0:
                     raise self._no_document_error(dropped)
             loaded = self._load(epoch, group)
             num_documents = len(loaded.lengths)
@@ -145,9 +144,10 @@ class SourceOrder:
 
     def shards_of_group(self, epoch: int, group: int) -> npt.NDArray[np.int64]:
         """Numbers of the shards of a group, in the epoch's order."""
+        num_shards = self.source.num_shards_in(epoch)
         begin = group * self._group_shards
-        end = min(begin + self._group_shards, self.source.num_shards)
-        permutation = Permutation(self.source.num_shards, derive_key(self._shard_key, epoch))
+        end = min(begin + self._group_shards, num_shards)
+        permutation = Permutation(num_shards, derive_key(self._shard_key, epoch))
         return permutation(np.arange(begin, end, dtype=np.int64))
 
     def documents_at(
@@ -167,6 +167,9 @@ class SourceOrder:
         flat = self._document_permutation(epoch, group, int(ends[-1]))(ordinals)
         which = np.searchsorted(ends, flat, side="right")
         return shards[which], flat - (ends - num_documents[shards])[which]
+
+    def _num_groups(self, epoch: int) -> int:
+        return -(-self.source.num_shards_in(epoch) // self._group_shards)
 
     def _chunk(
         self, loaded: _Group, begin: int, end: int, dropped_before: int, dropped_tokens_before: int
@@ -195,7 +198,7 @@ class SourceOrder:
         if self._loaded is None or (self._loaded.epoch, self._loaded.group) != (epoch, group):
             shards = self.shards_of_group(epoch, group)
             if self.source.will_need is not None:
-                after = (epoch, group + 1) if group + 1 < self._num_groups else (epoch + 1, 0)
+                after = (epoch, group + 1) if group + 1 < self._num_groups(epoch) else (epoch + 1, 0)
                 self.source.will_need([*shards.tolist(), *self.shards_of_group(*after).tolist()])
             lengths = [self.source.lengths_in(epoch, int(shard)) for shard in shards]
             counts = np.array([len(column) for column in lengths], dtype=np.int64)

@@ -1,8 +1,9 @@
 """The plan: from lengths to the packs of every optimizer step, the same on every rank and from any cursor.
 
-Documents are drawn into a window, the window is packed, its packs are shuffled, and steps take them in order. A step
-may straddle windows; a window never straddles stages, and ends where a source's epoch ends, so that no pass over a
-source mixes with the next one. No pack outlives its window, so a cursor is the window's start and a count of packs.
+Documents are drawn into a window, the window is packed, and steps take its packs: shuffled where packing has sorted by
+length (best-fit-decreasing), else in the order drawn. A step may straddle windows; a window never straddles stages, and
+ends where a source's epoch ends, so that no pass over a source mixes with the next one. No pack outlives its window, so
+a cursor is the window's start and a count of packs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from dsft.constants import ORDER_VERSION
 from dsft.errors import CheckpointError
 from dsft.sampling.mixture import DrawnDocuments, Mixture
 from dsft.sampling.order import SourceOrder
-from dsft.sampling.packing import Overlong, best_fit_decreasing, reorder_packs, split_documents
+from dsft.sampling.packing import (
+    Overlong,
+    PackingMethod,
+    best_fit_decreasing,
+    pack_documents,
+    reorder_packs,
+    split_documents,
+)
 from dsft.sampling.permutation import Permutation, derive_key, stream_key
 from dsft.sampling.types import Cursor, Pieces, PlannedSource, SourcePosition, Stage, StepPlan
 
@@ -92,6 +100,7 @@ class Planner:
         group_shards: shards whose documents are shuffled together.
         overlong: what becomes of a document longer than a pack.
         train_tokens: training ends with the draw that reaches this many tokens; None: never.
+        packing: how a window's documents become packs.
     """
 
     def __init__(
@@ -107,6 +116,7 @@ class Planner:
         group_shards: int,
         overlong: Overlong,
         train_tokens: int | None,
+        packing: PackingMethod = "best_fit_decreasing",
     ) -> None:
         assert all(len(stage.weights) == len(sources) and any(stage.weights) for stage in stages), stages
         self._stages = tuple(stages)
@@ -114,7 +124,7 @@ class Planner:
         self._global_batch_packs = global_batch_packs
         self._window_documents = window_documents
         self._window_tokens = window_tokens
-        self._overlong: Overlong = overlong
+        self._packing: PackingMethod = packing
         self._train_tokens = train_tokens
         self._pack_key = stream_key(seed, "packs")
         self._orders = [
@@ -214,14 +224,14 @@ class Planner:
         )
         if documents is None:
             return None
-        row, start, length = split_documents(documents.planned, self._pack_tokens)
-        packing = best_fit_decreasing(length, self._pack_tokens)
-        shuffle = Permutation(len(packing.offsets) - 1, derive_key(self._pack_key, cursor.window))
-        packing = reorder_packs(packing, shuffle(np.arange(shuffle.size, dtype=np.int64)))
+        row, start, length, packing = pack_documents(documents.planned, self._pack_tokens, self._packing)
+        if self._packing == "best_fit_decreasing":
+            shuffle = Permutation(len(packing.offsets) - 1, derive_key(self._pack_key, cursor.window))
+            packing = reorder_packs(packing, shuffle(np.arange(shuffle.size, dtype=np.int64)))
         pieces = _make_pieces(documents, row, start, length, packing.pieces)
         tokens_before_piece = np.concatenate(([0], np.cumsum(pieces.length, dtype=np.int64)))
         next_cursor = self._next_cursor(cursor, documents, mixture.positions)
-        self._stats = _add_to_stats(self._stats, documents, mixture.positions, self._pack_tokens, self._overlong)
+        self._stats = _add_to_stats(self._stats, documents, mixture.positions, np.bincount(row) > 1)
         return Window(
             cursor=cursor,
             next_cursor=next_cursor,
@@ -343,10 +353,12 @@ def _add_to_stats(
     stats: tuple[SourceStats, ...],
     documents: DrawnDocuments,
     positions: tuple[SourcePosition, ...],
-    pack_tokens: int,
-    overlong: Overlong,
+    is_split: npt.NDArray[np.bool_],
 ) -> tuple[SourceStats, ...]:
-    """``stats`` with a window's documents added. The sums are far below 2^53, so exact in float64."""
+    """``stats`` with a window's documents added; ``is_split``: which of them are cut into pieces.
+
+    The sums are far below 2^53, so exact in float64.
+    """
 
     def by_source(values: npt.NDArray[np.generic]) -> list[int]:
         if not values.any():
@@ -356,7 +368,7 @@ def _add_to_stats(
 
     num_documents = np.bincount(documents.source, minlength=len(stats)).tolist()
     num_tokens = by_source(documents.planned)
-    num_split = by_source((documents.planned > pack_tokens) & (overlong == "split"))
+    num_split = by_source(is_split)
     cut = documents.length - documents.planned
     num_truncated, truncated_tokens = by_source(cut > 0), by_source(cut)
     num_dropped, dropped_tokens = by_source(documents.dropped), by_source(documents.dropped_tokens)

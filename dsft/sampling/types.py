@@ -14,6 +14,15 @@ from dsft.sampling.objectives import ObjectiveOrder
 Exhausted = Literal["repeat", "stop", "error"]
 
 
+Growth = tuple[tuple[int, int], ...]
+"""How a source has grown: pairs (epoch, number of shards), ascending; passes before that epoch had so many shards."""
+
+
+def shards_of_pass(num_shards: int, growth: Growth, epoch: int) -> int:
+    """Shards in one pass over a source that has ``num_shards`` today."""
+    return next((number for until, number in growth if epoch < until), num_shards)
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedSource:
     """What the plan needs to know of a source: its number of shards, and each shard's document lengths when asked.
@@ -28,6 +37,7 @@ class PlannedSource:
             once.
         exhausted: what happens when its documents are used up and one more is due: the next pass, the end of training,
             or an error.
+        growth: passes that began before the source had all its shards.
     """
 
     name: str
@@ -36,6 +46,11 @@ class PlannedSource:
     objective: ObjectiveOrder | None = None
     exhausted: Exhausted = "repeat"
     will_need: Callable[[Sequence[int]], None] | None = None
+    growth: Growth = ()
+
+    def num_shards_in(self, epoch: int) -> int:
+        """Shards of a pass: a source that grew between two starts of a run grew from one of its passes on."""
+        return shards_of_pass(self.num_shards, self.growth, epoch)
 
     def lengths_in(self, epoch: int, shard: int) -> npt.NDArray[np.int32]:
         """Tokens of each document as an epoch trains on it, int32[N]: before the overlong policy."""

@@ -39,10 +39,12 @@ class Usage:
 
     Args:
         planned: (source, epoch, shard) -> int32[N], tokens of each document as planned; 0: not used.
-        num_shards: per source.
+        num_shards: (source, epoch) -> shards of that pass.
     """
 
-    def __init__(self, planned: Callable[[int, int, int], npt.NDArray[np.int32]], num_shards: tuple[int, ...]) -> None:
+    def __init__(
+        self, planned: Callable[[int, int, int], npt.NDArray[np.int32]], num_shards: Callable[[int, int], int]
+    ) -> None:
         self._planned = planned
         self._num_shards = num_shards
         self._open: dict[tuple[int, int], dict[int, npt.NDArray[np.int32]]] = {}
@@ -96,7 +98,7 @@ class Usage:
     def _whole_pass(self, source: int, epoch: int) -> tuple[int, int]:
         """Documents and tokens of one whole pass."""
         if (source, epoch) not in self._all:
-            columns = [self._planned(source, epoch, shard) for shard in range(self._num_shards[source])]
+            columns = [self._planned(source, epoch, shard) for shard in range(self._num_shards(source, epoch))]
             documents = sum(int((column > 0).sum()) for column in columns)
             self._all[source, epoch] = documents, sum(int(column.sum(dtype=np.int64)) for column in columns)
         return self._all[source, epoch]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import BinaryIO
 
@@ -44,6 +45,7 @@ class CachedFiles:
         path = f"{self.place}/{MANIFEST_NAME}"
         with open_remote(path, remote_size(path)) as file:
             self.manifest = parse_manifest(file.read(), path)
+        self.fingerprint = self.manifest.fingerprint
         self.max_mapped_bytes = share_bytes // 2
         self._cache, self._prefetcher, self._share_bytes = cache, prefetcher, share_bytes
         self._shard_bytes = self.manifest.num_tokens * np.dtype(self.manifest.token_dtype).itemsize
@@ -65,6 +67,10 @@ class CachedFiles:
         fitting = shards[: int(np.searchsorted(ends, self._share_bytes, side="right"))]
         indices, tokens = map(self._index_file, fitting), map(self._tokens_file, fitting)
         self._prefetcher.wish(self.place, [*indices, *tokens])
+
+    def without_waiting(self) -> AbstractContextManager[None]:
+        """Nothing is waited for but the network."""
+        return nullcontext()
 
     def _index_file(self, shard: int) -> CachedFile:
         return CachedFile(f"{self._content(shard)}.index", f"{self.place}/{index_name(shard)}", None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -26,6 +28,10 @@ class ShardFiles(Protocol):
         """Its root manifest."""
 
     @property
+    def fingerprint(self) -> str:
+        """What the store is known by: its content, or (of one that is still made) its raw files and recipe."""
+
+    @property
     def are_verified(self) -> bool:
         """Whether tokens are compared with their hashes when their file is opened, not block by block when read."""
 
@@ -42,6 +48,9 @@ class ShardFiles(Protocol):
     def will_need(self, shards: Sequence[int]) -> None:
         """Shards that will be read soon, the first ones first. Returns at once."""
 
+    def without_waiting(self) -> AbstractContextManager[None]:
+        """Meanwhile, what is not there is an error, also for threads that are waiting for it."""
+
 
 class LocalFiles:
     """The files of a token store in a folder."""
@@ -52,6 +61,7 @@ class LocalFiles:
     def __init__(self, folder: Path) -> None:
         self.place = str(folder.absolute())
         self.manifest = read_manifest(folder)
+        self.fingerprint = self.manifest.fingerprint
         self._folder = folder
 
     def open_index(self, shard: int) -> BinaryIO:
@@ -65,10 +75,19 @@ class LocalFiles:
     def will_need(self, shards: Sequence[int]) -> None:
         """They are here."""
 
+    def without_waiting(self) -> AbstractContextManager[None]:
+        """Nothing is waited for."""
+        return nullcontext()
+
 
 def open_file(path: Path) -> BinaryIO:
     """Open a file of a store in a folder. Raises DataError where it is missing."""
     try:
         return open(path, "rb")
     except OSError as error:
-        raise DataError(f"{path} is missing from the token store; run `dsft prepare` again.") from error
+        raise DataError(f"{name_file(path)} is missing from the token store; run `dsft prepare` again.") from error
+
+
+def name_file(path: str | Path) -> str:
+    """A file of a store for a message: its path and, where its tokens lie elsewhere, that path, too."""
+    return f"{path} (a link to {os.readlink(path)})" if os.path.islink(path) else str(path)

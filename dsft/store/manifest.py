@@ -17,6 +17,12 @@ from dsft.errors import DataError
 from dsft.fsio import write_bytes
 from dsft.store.layout import MANIFEST_NAME
 
+RAW = "raw:"
+"""A raw identity begins with this, so that nobody takes it for a fingerprint of contents."""
+
+UNKNOWN = -1
+"""In a column of a store whose shards are still made; never in a file."""
+
 _COLUMNS = ("num_documents", "num_tokens", "num_targets", "num_bytes", "index_crc32")
 
 
@@ -53,12 +59,26 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Hash of the content: recipe and every shard's documents. Does not change when a raw file is only touched."""
+        return self.fingerprint_of(len(self.raw_names))
+
+    def fingerprint_of(self, num_shards: int) -> str:
+        """The fingerprint that the store had when it held only its first shards: for sources that have grown."""
         content = {
             "version": STORE_VERSION,
             "recipe": self.recipe,
-            "shards": [getattr(self, column).tolist() for column in _COLUMNS],
+            "shards": [getattr(self, column)[:num_shards].tolist() for column in _COLUMNS],
         }
         return fingerprint(content)
+
+    @property
+    def raw_identity(self) -> str:
+        """Hash of the recipe and of the raw files' names, sizes and times: known before any shard is made."""
+        return raw_identity(self.recipe, self.listing)
+
+
+def raw_identity(recipe: Mapping[str, Any], listing: str) -> str:
+    """What a store is known by before its shards are made: by what, and from which raw files."""
+    return f"{RAW}{fingerprint([recipe, listing])}"
 
 
 def fingerprint(value: Any) -> str:

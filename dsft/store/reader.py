@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from dsft.constants import STORE_VERSION
 from dsft.errors import DataError
-from dsft.store.files import LocalFiles, ShardFiles, open_file
+from dsft.store.files import LocalFiles, ShardFiles, name_file, open_file
 from dsft.store.layout import METADATA_KEY
-from dsft.store.manifest import Manifest
+from dsft.store.manifest import UNKNOWN, Manifest
 from dsft.store.types import ShardIndex
 from dsft.store.views import MAX_MAPPED_SHARDS, MappedShard, ShardViews
 
@@ -51,7 +51,7 @@ class SourceStore:
     Attributes:
         files: where its files come from.
         manifest: its root manifest.
-        fingerprint: hash of its content (``Manifest.fingerprint``).
+        fingerprint: of its files (``ShardFiles.fingerprint``).
         views: its mapped shards, for native code.
 
     Raises:
@@ -62,7 +62,7 @@ class SourceStore:
     def __init__(self, files: Path | ShardFiles) -> None:
         self.files: ShardFiles = files if not isinstance(files, Path) else LocalFiles(files)
         self.manifest: Manifest = self.files.manifest
-        self.fingerprint: str = self.manifest.fingerprint
+        self.fingerprint: str = self.files.fingerprint
         is_bounded = self.files.max_mapped_bytes is not None
         self._index = lru_cache(maxsize=MAX_BOUNDED_INDICES if is_bounded else MAX_MAPPED_SHARDS)(self._map_index)
         self.views = ShardViews(self.num_shards, self.map_shard, self.files.max_mapped_bytes)
@@ -94,13 +94,13 @@ class SourceStore:
         """A shard, none of whose blocks ``views`` has verified yet; ``views`` keeps those in use."""
         index = self.index(shard)
         with self.files.open_tokens(shard, index.block_crc32) as file:
-            tokens = _map_tokens(file, self.manifest, shard)
+            tokens = _map_tokens(file, self.manifest.token_dtype, int(index.token_offsets[-1]))
             is_verified = np.full(len(index.block_crc32), self.files.are_verified, dtype=np.uint8)
-            return MappedShard(file.name, index, tokens, is_verified)
+            return MappedShard(name_file(file.name), index, tokens, is_verified)
 
     def _map_index(self, shard: int) -> ShardIndex:
         with self.files.open_index(shard) as file:
-            return _checked_index(file, self.manifest, shard)
+            return _checked_index(file, int(self.manifest.index_crc32[shard]))
 
 
 def verify_shard(store: SourceStore, shard: int) -> None:
@@ -171,12 +171,12 @@ def _array(body: npt.NDArray[np.uint8], entry: dict[str, Any]) -> npt.NDArray[An
     return np.frombuffer(body, np.uint8)[start:end].view(_NUMPY_TYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
-def _checked_index(file: BinaryIO, manifest: Manifest, shard: int) -> ShardIndex:
+def _checked_index(file: BinaryIO, crc32: int) -> ShardIndex:
     found = map_index_file(file)
-    if found.crc32 != manifest.index_crc32[shard]:
+    if crc32 not in (found.crc32, UNKNOWN):
         raise DataError(
             f"{file.name} is not the index that the store's manifest.json describes (crc32 {found.crc32:08x}, expected "
-            f"{int(manifest.index_crc32[shard]):08x}): it was damaged or prepared anew; run `dsft prepare` again."
+            f"{crc32:08x}): it was damaged or prepared anew; run `dsft prepare` again."
         )
     token_offsets = np.zeros(len(found.arrays["lengths"]) + 1, np.int64)
     np.cumsum(found.arrays["lengths"], out=token_offsets[1:], dtype=np.int64)
@@ -193,14 +193,14 @@ def _checked_index(file: BinaryIO, manifest: Manifest, shard: int) -> ShardIndex
     )
 
 
-def _map_tokens(file: BinaryIO, manifest: Manifest, shard: int) -> npt.NDArray[np.uint16] | npt.NDArray[np.uint32]:
-    dtype = np.dtype(manifest.token_dtype).newbyteorder("<")
-    expected_bytes = int(manifest.num_tokens[shard]) * dtype.itemsize
+def _map_tokens(file: BinaryIO, token_dtype: str, num_tokens: int) -> npt.NDArray[np.uint16] | npt.NDArray[np.uint32]:
+    dtype = np.dtype(token_dtype).newbyteorder("<")
+    expected_bytes = num_tokens * dtype.itemsize
     found_bytes = os.fstat(file.fileno()).st_size
     if found_bytes != expected_bytes:
         raise DataError(
-            f"{file.name} has {found_bytes} bytes and its index describes {expected_bytes}: it was cut or replaced; "
-            f"remove it and its .index and run `dsft prepare` again."
+            f"{name_file(file.name)} has {found_bytes} bytes and its index describes {expected_bytes}: it was cut "
+            f"or replaced; remove it and its .index and run `dsft prepare` again."
         )
     if expected_bytes == 0:
         return np.empty(0, dtype)

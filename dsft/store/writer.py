@@ -47,6 +47,7 @@ class ShardWriter:
         self._tokens_path = tokens_path(folder, shard)
         self._index_path = index_path(folder, shard)
         self._dtype = np.dtype(token_dtype).newbyteorder("<")
+        self._most_id = int(np.iinfo(self._dtype).max)
         self._raw = {"raw_name": raw_name, "raw_identity": raw_identity}
         self._lengths, self._num_bytes = array("i"), array("i")
         self._span_counts, self._spans, self._span_weights = array("i"), array("i"), array("f")
@@ -66,7 +67,7 @@ class ShardWriter:
         spans = document.spans
         assert num_tokens >= 1
         assert int(document.ids.min()) >= 0
-        assert int(document.ids.max()) <= np.iinfo(self._dtype).max
+        assert int(document.ids.max()) <= self._most_id
         assert spans.shape == (len(document.span_weights), 2)
         edges = spans.ravel()
         assert len(edges) == 0 or (edges[0] >= 0 and edges[-1] <= num_tokens)
@@ -78,7 +79,7 @@ class ShardWriter:
         self._span_counts.append(len(spans))
         self._spans.extend(edges.tolist())
         self._span_weights.extend(document.span_weights.tolist())
-        self._num_targets += int((spans[:, 1] - np.maximum(spans[:, 0], 1)).clip(min=0).sum())
+        self._num_targets += int(np.maximum(spans[:, 1] - np.maximum(spans[:, 0], 1), 0).sum())
 
     def close(self, counts: Mapping[str, int] | None = None) -> None:
         """Publish the shard: tokens first, then the index, each by rename.
@@ -126,30 +127,42 @@ class ShardWriter:
             del self._block[:BLOCK_BYTES]
 
     def _index_bytes(self, counts: Mapping[str, int]) -> bytes:
-        from safetensors.numpy import save
-
         span_offsets = np.zeros(len(self._lengths) + 1, np.int64)
         np.cumsum(np.array(self._span_counts, np.int64), out=span_offsets[1:])
-        lengths = np.array(self._lengths, np.int32)
         arrays: dict[str, npt.NDArray[Any]] = {
-            "lengths": lengths,
+            "lengths": np.array(self._lengths, np.int32),
             "num_bytes": np.array(self._num_bytes, np.int32),
             "span_offsets": span_offsets,
             "spans": np.array(self._spans, np.int32).reshape(-1, 2),
             "span_weights": np.array(self._span_weights, np.float32),
             "block_crc32": np.array(self._block_crc32, np.uint32),
         }
-        metadata = {
-            "version": STORE_VERSION,
-            **self._raw,
-            "token_dtype": self._dtype.name,
-            "num_documents": len(lengths),
-            "num_tokens": int(lengths.sum(dtype=np.int64)),
-            "num_targets": self._num_targets,
-            "num_bytes": sum(self._num_bytes),
-            "counts": dict(counts),
-        }
-        return save(arrays, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+        return index_bytes(arrays, self._dtype, self._num_targets, {**self._raw, "counts": dict(counts)})
+
+
+def index_bytes(
+    arrays: Mapping[str, npt.NDArray[Any]], dtype: np.dtype[Any], num_targets: int, metadata: Mapping[str, Any]
+) -> bytes:
+    """The content of an index file.
+
+    Args:
+        arrays: those of ``ShardIndex`` but token_offsets, by name.
+        dtype: of the tokens.
+        num_targets: supervised tokens that are predicted.
+        metadata: raw_name, raw_identity, counts, and whatever else is worth keeping.
+    """
+    from safetensors.numpy import save
+
+    described = {
+        "version": STORE_VERSION,
+        **metadata,
+        "token_dtype": dtype.name,
+        "num_documents": len(arrays["lengths"]),
+        "num_tokens": int(arrays["lengths"].sum(dtype=np.int64)),
+        "num_targets": num_targets,
+        "num_bytes": int(arrays["num_bytes"].sum(dtype=np.int64)),
+    }
+    return save(dict(arrays), metadata={METADATA_KEY: json.dumps(described, sort_keys=True)})
 
 
 class _Abandoned(Exception):  # noqa: N818  (never leaves this file: it makes atomic_file drop its temporary file)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,38 @@ from dsft.errors import DataError
 from dsft.metrics.json_lines import JsonLines, read_json_lines
 from dsft.sampling.objectives import Objective
 from dsft.store.reader import SourceStore
+from dsft.train.growth import Before
 from dsft.train.step_log import DATA_LOG_NAME
 
 ATTEMPTS_NAME = "attempts.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
+class Passed:
+    """What an attempt passed over on purpose, between its checkpoint and its first step (``dsft.train.roll_back``).
+
+    Attributes:
+        cursor: where its first step begins in the data (``cursor_to_json``).
+        tokens: document tokens of the plan up to there.
+        num_roll_backs: how often the run had gone back then.
+        cause: for a person.
+    """
+
+    cursor: dict[str, Any]
+    tokens: int
+    num_roll_backs: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
 class Origin:
-    """The checkpoint that an attempt went on from, and the attempt that had saved it."""
+    """The checkpoint that an attempt went on from, the attempt that had saved it, what is passed over after it, and the
+    sources as they were then."""
 
     checkpoint: Path
     attempt: str
+    passed: Passed | None = None
+    before: Mapping[str, Before] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +64,10 @@ class Attempt:
         checkpoint: that checkpoint's folder.
         world_size: number of ranks.
         config: the resolved configuration, as ``dsft.config.load.config_to_json`` gives it.
-        stores: per source, in the configuration's order: its token store's folder and fingerprint.
+        stores: per source, in the configuration's order: its token store's folder and fingerprint, the number of its
+            shards, and how it had grown (``dsft.sampling.types.Growth``; the last two: since dsft lets sources grow).
         objectives: per source: the fields of its ``Objective``; None: it predicts the next token.
+        passed: the data after its checkpoint that it left out; None: it left out nothing.
     """
 
     id: str
@@ -53,8 +76,9 @@ class Attempt:
     checkpoint: str | None
     world_size: int
     config: dict[str, Any]
-    stores: tuple[dict[str, str], ...]
+    stores: tuple[dict[str, Any], ...]
     objectives: tuple[dict[str, Any] | None, ...]
+    passed: Passed | None = None
 
     @classmethod
     def of(
@@ -74,8 +98,12 @@ class Attempt:
             checkpoint=None if origin is None else str(origin.checkpoint.absolute()),
             world_size=identity["world_size"],
             config=identity["config"],
-            stores=tuple({"folder": s.place, "fingerprint": s.fingerprint} for s in stores),
+            stores=tuple(
+                {"folder": s.place, "fingerprint": s.fingerprint, "num_shards": s.num_shards, "growth": grown}
+                for s, grown in zip(stores, identity["growth"].values(), strict=True)
+            ),
             objectives=tuple(None if objective is None else asdict(objective) for objective in objectives),
+            passed=None if origin is None else origin.passed,
         )
 
 
@@ -85,6 +113,29 @@ def append_attempt(run_dir: Path, attempt: Attempt) -> None:
     lines.write(asdict(attempt))
     lines.sync()
     lines.close()
+
+
+def read_attempts(run_dir: Path) -> list[Attempt]:
+    """The attempts of a run, in the order of their starts; none where it has no log of them.
+
+    Raises:
+        DataError: the log is damaged.
+    """
+    path = run_dir / ATTEMPTS_NAME
+    try:
+        entries = read_json_lines(path) if path.is_file() else []
+        return [
+            Attempt(**{**entry, "passed": Passed(**entry["passed"]) if entry.get("passed") else None})
+            for entry in entries
+        ]
+    except (json.JSONDecodeError, TypeError) as error:
+        raise DataError(f"{path} is damaged, or another version of dsft wrote it ({error!r}).") from error
+
+
+def passed_after(run_dir: Path, attempt: str, step: int) -> Passed | None:
+    """What the run has decided to pass over after the checkpoint that ``attempt`` saved of ``step``."""
+    decided = [one.passed for one in read_attempts(run_dir) if (one.from_attempt, one.step) == (attempt, step)]
+    return next((passed for passed in reversed(decided) if passed is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +216,7 @@ class _Log:
         if not self.path.is_file():
             raise DataError(f"{self.path} is missing: {run_dir} is no run folder, or an older dsft trained it.")
         try:
-            self.attempts = {entry["id"]: Attempt(**entry) for entry in read_json_lines(self.path)}
+            self.attempts = {attempt.id: attempt for attempt in read_attempts(run_dir)}
             data_log = read_json_lines(run_dir / DATA_LOG_NAME)
             self.last = (str(data_log[-1]["attempt"]), int(data_log[-1]["step"])) if data_log else None
         except (json.JSONDecodeError, TypeError, KeyError) as error:

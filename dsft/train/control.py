@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsft.batch.types import StepBatch
-from dsft.errors import TrainingError
+from dsft.errors import StoppedEarly, TrainingError
 
 if TYPE_CHECKING:
     from dsft.dist import Groups, PendingControl
 
-_OK, _END, _FAILED = 0, 1, 2
+_OK, _END, _FAILED, _STOPPED = 0, 1, 2, 3
 _FIELDS = ("status", "stop", "save", "plan", "weight", "data_hash", "supervised", "tokens", "padding", "idle")
 _HASH_MASK = 2**63 - 1
 
@@ -66,13 +66,18 @@ def propose(
     Args:
         batch: the step's micro-batches; None at the end of the data or on an error.
         error: what kept this rank from making its batch. It travels, so that no rank waits for one that is gone.
+            StoppedEarly asks for a stop, as ``stop`` does: a request ended its waiting for data.
         stop: this process was asked to stop.
         num_save_tasks_done: tasks of saves that this rank's threads have ended (``Saver.num_tasks_done``).
         salt: fingerprint of the stores and the configuration, mixed into the plan's hash.
     """
-    status = _FAILED if error is not None else (_END if batch is None else _OK)
+    is_stopped = isinstance(error, StoppedEarly)
+    if error is not None:
+        status = _STOPPED if is_stopped else _FAILED
+    else:
+        status = _END if batch is None else _OK
     row = dict.fromkeys(_FIELDS, 0)
-    row["status"], row["stop"], row["save"] = status, int(stop), num_save_tasks_done
+    row["status"], row["stop"], row["save"] = status, int(stop or is_stopped), num_save_tasks_done
     row["plan"] = salt & _HASH_MASK
     if batch is not None:
         micro = batch.micro_batches
@@ -98,7 +103,8 @@ def agree(groups: Groups, proposal: Proposal) -> Agreement:
     column = {name: table[:, position] for position, name in enumerate(_FIELDS)}
     if (column["status"] == _FAILED).any():  # every rank sees it, so every rank comes to hear the error itself
         groups.agree(proposal.error)
-    if len(set(column["plan"].tolist())) > 1 or len(set(column["status"].tolist())) > 1:
+    is_stopped = bool((column["status"] == _STOPPED).any())  # then some ranks have a batch, and no rank takes the step
+    if not is_stopped and (len(set(column["plan"].tolist())) > 1 or len(set(column["status"].tolist())) > 1):
         odd = [rank for rank in range(len(table)) if column["plan"][rank] != column["plan"][0]]
         raise TrainingError(
             f"ranks {odd or 'unknown'} plan another step than rank 0: they read another token store, configuration "
@@ -106,7 +112,7 @@ def agree(groups: Groups, proposal: Proposal) -> Agreement:
             "version on those hosts."
         )
     return Agreement(
-        end=bool(column["status"][0] == _END),
+        end=bool(column["status"][0] == _END) and not is_stopped,
         stop=bool(column["stop"].any()),
         num_save_tasks_done=int(column["save"].min()),
         weight=math.fsum(_bits_float(int(bits)) for bits in column["weight"]),

@@ -31,6 +31,7 @@ from dsft.evaluate.answers import KeptAnswers
 from dsft.evaluate.bias import check_bias, measure_bias
 from dsft.evaluate.bootstrap import Difference, difference
 from dsft.evaluate.generation import check_section
+from dsft.evaluate.reference_metrics import require_harness
 from dsft.evaluate.run import HeldOutSet, SetResult, evaluate_set
 from dsft.fsio import save_error, write_json
 from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
@@ -48,6 +49,7 @@ from dsft.world import discover_world
 logger = logging.getLogger(__name__)
 
 IDENTITY_NAME = "evaluation.json"
+TASKS_FOLDER = "tasks"
 _LIKELIHOODS = {"loss": ("nll", "num_tokens"), "token_accuracy": ("num_correct", "num_tokens")}
 """Score -> its two columns of a set's documents."""
 
@@ -62,14 +64,15 @@ def evaluate_model(config: RunConfig, model: str, out: Path, *, local_rank_argum
     Raises:
         DsftError: on every rank, or at least on the one that can name the cause.
     """
-    if not config.evaluate.sets and not config.evaluate.bias:
-        raise ConfigError(f"{config.file} has no held-out set to measure; add evaluate.sets.")
+    if not config.evaluate.sets and not config.evaluate.bias and config.evaluate.lm_eval is None:
+        raise ConfigError(f"{config.file} has nothing to measure; add evaluate.sets.")
     config = _of_model(config, model)
     world = discover_world(os.environ, local_rank_argument)
     set_up_logging(is_main=world.rank == 0, who=f"{socket.gethostname()}, rank {world.rank}")
     device_type = setup.choose_device_type(os.environ)
     deepspeed_config = _without_optimizer(build_deepspeed_config(config, world.size, device_type))
-    prepare_deepspeed_ops(needed_ops(device_type, cpu_adam=False), device_type)
+    nvme = setup.uses_nvme(deepspeed_config)
+    prepare_deepspeed_ops(needed_ops(device_type, cpu_adam=False, nvme=nvme), device_type)
     choose_kernels(config.kernels, device_type)
     groups = dist.init(world, device_type)
     check_same_configuration(groups, {"config": config_to_json(config), "out": str(out.absolute())})
@@ -82,6 +85,8 @@ def evaluate_model(config: RunConfig, model: str, out: Path, *, local_rank_argum
         "sets": {one.section.name: [one.section.model_dump(mode="json"), one.store.fingerprint] for one in sets},
         "bias": {test.name: test.model_dump(mode="json") for test in config.evaluate.bias},
     }
+    if config.evaluate.lm_eval is not None:
+        identity["lm_eval"] = config.evaluate.lm_eval.model_dump(mode="json", exclude={"tasks"})
     with groups.together():
         if world.rank == 0:
             _claim(out, identity)
@@ -89,7 +94,9 @@ def evaluate_model(config: RunConfig, model: str, out: Path, *, local_rank_argum
     for one in (one for one in sets if one not in waiting):
         logger.info("%s: measured before, in %s", one.section.name, _result_file(out, one))
     tests = [test for test in config.evaluate.bias if not groups.broadcast_object(_bias_file(out, test.name).is_file())]
-    if waiting or tests:
+    tasks = config.evaluate.lm_eval.tasks if config.evaluate.lm_eval is not None else ()
+    tasks = tuple(task for task in tasks if not groups.broadcast_object(_task_file(out, task).is_file()))
+    if waiting or tests or tasks:
         packed, device = _build_model(config, folder, tokenizer, groups, deepspeed_config, device_type)
         for one in waiting:
             kept = KeptAnswers(out / f"{one.section.name}.answers.jsonl")
@@ -100,6 +107,8 @@ def evaluate_model(config: RunConfig, model: str, out: Path, *, local_rank_argum
             logger.info("%s", _line(one.section.name, result.record()))
         for test in tests:
             _measure_bias(test, packed, tokenizer, groups, device, config, out)
+        for task in tasks:
+            _measure_task(task, packed, tokenizer, groups, device, config, out)
     groups.close()
     return EXIT_OK
 
@@ -111,7 +120,7 @@ def compare(first: Path, second: Path, seed: int) -> dict[str, dict[str, Differe
         ConfigError: a folder has no results, or the sets are not the same documents.
     """
     identities = [_read(folder / IDENTITY_NAME) for folder in (first, second)]
-    if any(identities[0].get(key) != identities[1].get(key) for key in ("sets", "bias", "pack_tokens")):
+    if any(identities[0].get(key) != identities[1].get(key) for key in ("sets", "bias", "lm_eval", "pack_tokens")):
         raise ConfigError(
             f"{first} and {second} did not measure the same documents (sets, their settings, or pack_tokens differ): "
             "measure both models with the same configuration."
@@ -133,7 +142,20 @@ def compare(first: Path, second: Path, seed: int) -> dict[str, dict[str, Differe
         before, after = (_read(_bias_file(folder, name))["each"] for folder in (first, second))
         change = difference((before, None), (after, None), seed=seed, purpose=f"{name}/bias")
         found[f"bias {name}"] = {"value": change}
+    for path in sorted((first / TASKS_FOLDER).glob("*.json")):
+        if (second / TASKS_FOLDER / path.name).is_file():
+            found |= _compare_tasks(_read(path), _read(second / TASKS_FOLDER / path.name), seed)
     return found
+
+
+def _compare_tasks(first: dict[str, Any], second: dict[str, Any], seed: int) -> dict[str, dict[str, Difference]]:
+    return {
+        f"task {task}": {
+            metric: difference((values, None), (second[task]["each"][metric], None), seed=seed, purpose=f"task/{task}")
+            for metric, values in first[task]["each"].items()
+        }
+        for task in first
+    }
 
 
 def _measure_bias(
@@ -155,6 +177,38 @@ def _measure_bias(
             write_json(_bias_file(out, test.name), asdict(found))
     low, high = found.value_interval
     logger.info("bias %s (%s): %.4f [%.4f, %.4f]", test.name, test.kind, found.value, low, high)
+
+
+def _measure_task(
+    task: str,
+    model: PackedCausalLM,
+    tokenizer: Tokenizer,
+    groups: dist.Groups,
+    device: torch.device,
+    config: RunConfig,
+    out: Path,
+) -> None:
+    """Measure a task of lm-evaluation-harness (or a group of them) and write its result. Collective."""
+    from dsft.evaluate.harness import measure_task
+
+    assert config.evaluate.lm_eval is not None
+    results = measure_task(
+        task,
+        config.evaluate.lm_eval,
+        model,
+        tokenizer,
+        groups,
+        device=device,
+        pack_tokens=config.data.pack_tokens,
+        seed=config.run.seed,
+    )
+    with groups.together():
+        if groups.rank == 0:
+            _task_file(out, task).parent.mkdir(exist_ok=True)
+            write_json(_task_file(out, task), {name: result.record() for name, result in results.items()})
+    for name, result in results.items():
+        said = [f"{metric} {value:.4f}" for metric, value in result.scores.items()]
+        logger.info("task %s (%d documents): %s", name, result.num_documents, " | ".join(said))
 
 
 def _of_model(config: RunConfig, model: str) -> RunConfig:
@@ -186,6 +240,11 @@ def _held_out_sets(config: RunConfig, groups: dist.Groups) -> tuple[list[HeldOut
             check_section(section, store, tokenizer)
         for test in config.evaluate.bias:
             check_bias(test)
+        if config.evaluate.lm_eval is not None:
+            require_harness()
+            from dsft.evaluate.harness import check_tasks
+
+            check_tasks(config.evaluate.lm_eval)
     check_same_stores(groups, stores)
     held_out = [
         HeldOutSet(section, store, setup.held_out_spec(config, tokenizer, store))
@@ -244,6 +303,10 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
 
 def _bias_file(out: Path, name: str) -> Path:
     return out / "bias" / f"{name}.json"
+
+
+def _task_file(out: Path, task: str) -> Path:
+    return out / TASKS_FOLDER / f"{task}.json"
 
 
 def _result_file(out: Path, one: HeldOutSet) -> Path:

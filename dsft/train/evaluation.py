@@ -58,6 +58,11 @@ class EvaluationPlan:
             return self.measure(run, state)
         return None
 
+    def go_back(self, state: TrainState) -> None:
+        """The run goes on from an older state."""
+        self.watch = OverfitWatch.from_json(self.watch.patience, state.overfit)
+        self._last_step = -1
+
     def losses_at(self, step: int) -> dict[str, float]:
         """Loss of each set, if they were measured after this step; else nothing."""
         return self._last_losses if step == self._last_step else {}

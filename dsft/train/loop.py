@@ -16,11 +16,15 @@ from dsft.launch.progress import Progress
 from dsft.launch.stop import StopFlag
 from dsft.launch.watch import standing
 from dsft.metrics.recorder import Recorder
+from dsft.train.attempts import Attempt
 from dsft.train.control import Proposal, agree, propose
 from dsft.train.evaluation import EvaluationPlan
 from dsft.train.profiling import Profiler
+from dsft.train.roll_back import Spike, roll_back
 from dsft.train.saving import Saver
 from dsft.train.schedule import Position, Schedule
+from dsft.train.slow_ranks import SlowRanks
+from dsft.train.spikes import SpikeWatch
 from dsft.train.state import TrainState
 from dsft.train.step import StepResult, train_step
 from dsft.train.step_log import StepLog
@@ -28,7 +32,12 @@ from dsft.train.step_log import StepLog
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything a run is made of; built by ``dsft.train.setup`` and only read from here on."""
+    """Everything a run is made of; built by ``dsft.train.setup`` and only read from here on.
+
+    Attributes:
+        attempt: with which this start began.
+        spikes: None: the run does not go back when its loss spikes.
+    """
 
     engine: Any
     groups: Groups
@@ -42,6 +51,9 @@ class Run:
     stop: StopFlag
     progress: Progress
     profiler: Profiler
+    attempt: Attempt
+    spikes: SpikeWatch | None
+    slow_ranks: SlowRanks
     seed: int
     salt: int
     source_names: tuple[str, ...]
@@ -86,8 +98,14 @@ def train(run: Run, state: TrainState) -> str:
             )
         _advance(run, state, batch, agreed.num_supervised, result)
         run.step_log.add(state.step, batch.plan, agreed, result, lr)
-        _check_finite(run, state, batch, result)
-        evaluate, save = run.evaluation.due(state, batch), run.saver.due(state)
+        run.slow_ranks.observe(state.step, batch)
+        spike = _look_for_spike(run, state, batch, result)
+        if spike is not None:
+            _go_back(run, state, spike, proposal)
+            batches = run.loader.steps(state.cursor)
+            proposal = _propose_next(run, batches)
+            continue
+        evaluate, save = run.evaluation.due(state, batch), _is_save_due(run, state)
         if state.step % run.log_every_steps == 0 or evaluate or save:  # both need the training loss up to here
             _write_steps(run, state)
         if evaluate:
@@ -193,28 +211,71 @@ def _advance(run: Run, state: TrainState, batch: StepBatch, num_supervised: int,
     state.num_skipped_in_row = 0 if result.applied else state.num_skipped_in_row + result.not_finite
 
 
-def _check_finite(run: Run, state: TrainState, batch: StepBatch, result: StepResult) -> None:
-    """Say each skipped step loudly, and stop after too many in a row. Same decision on every rank."""
-    if result.applied:
-        return
+def _look_for_spike(run: Run, state: TrainState, batch: StepBatch, result: StepResult) -> Spike | None:
+    """Why the run must go back, if it must. Collective where ``train.spikes`` is set; same answer on every rank.
+
+    Raises:
+        TrainingError: too many steps in a row were not finite, and the run may not go back.
+    """
+    too_many = not result.applied and _count_skipped(run, state, result)
+    if run.spikes is None:
+        if too_many:
+            raise _not_finite_error(run, state, batch)
+        return None
+    watch = run.spikes
+    weighted, weights = run.groups.sum(result.source_loss.sum(1).cpu().numpy())
+    limit, loss = watch.limit, weighted / weights if weights > 0.0 else None
+    watch.observe(state.step, batch.plan.stage, loss, not_finite=result.not_finite)
+    state.spikes = watch.to_json()
+    if watch.first_step is None or not (too_many or watch.is_spike):
+        return None
+    cause = f"loss {loss:.4g}, limit {limit:.4g}" if watch.is_spike else "loss or gradient was not finite"
+    return Spike(watch.first_step, cause)
+
+
+def _go_back(run: Run, state: TrainState, spike: Spike, proposal: Proposal) -> None:
+    """To a checkpoint of before the spike. The message for the next step is answered first: all ranks have sent it."""
+    _write_steps(run, state)
+    agree(run.groups, proposal)
+    _finish_saving(run, state)
+    run.progress.begin("start", state.step)
+    roll_back(run, state, spike)
+
+
+def _is_save_due(run: Run, state: TrainState) -> bool:
+    """Not while the loss is high: that checkpoint would be the newest, and have what the run may have to leave."""
+    is_due = run.saver.due(state)
+    if not is_due or run.spikes is None or run.spikes.first_step is None:
+        return is_due
+    run.recorder.warn(
+        f"step {state.step} is not saved: the loss is high, or not finite, since step {run.spikes.first_step}"
+    )
+    return False
+
+
+def _count_skipped(run: Run, state: TrainState, result: StepResult) -> bool:
+    """Say a skipped step loudly; returns whether there were too many in a row. Same answer on every rank."""
     cause = "loss or gradient was not finite" if result.not_finite else "none of its tokens is supervised"
     run.recorder.warn(f"step {state.step}: no update, {cause} ({state.num_skipped} steps without an update so far)")
-    if state.num_skipped_in_row >= run.max_skipped_steps:
-        documents = sorted(
-            {
-                f"{run.source_names[source]}/{shard}/{document}"
-                for pack in batch.plan.packs
-                for source, shard, document in zip(
-                    pack.source.tolist(), pack.shard.tolist(), pack.document.tolist(), strict=True
-                )
-            }
-        )
-        raise TrainingError(
-            f"{state.num_skipped_in_row} steps in a row had a loss or gradient that is not finite; the last is step "
-            f"{state.step}. Its documents (source/shard/number in the shard, from 0): {', '.join(documents[:50])}"
-            f"{' and more' if len(documents) > 50 else ''}. Lower train.lr and resume from the last checkpoint, or "
-            "look at these documents: the manifest.json of a source's token store names the raw file of each shard."
-        )
+    return state.num_skipped_in_row >= run.max_skipped_steps
+
+
+def _not_finite_error(run: Run, state: TrainState, batch: StepBatch) -> TrainingError:
+    documents = sorted(
+        {
+            f"{run.source_names[source]}/{shard}/{document}"
+            for pack in batch.plan.packs
+            for source, shard, document in zip(
+                pack.source.tolist(), pack.shard.tolist(), pack.document.tolist(), strict=True
+            )
+        }
+    )
+    return TrainingError(
+        f"{state.num_skipped_in_row} steps in a row had a loss or gradient that is not finite; the last is step "
+        f"{state.step}. Its documents (source/shard/number in the shard, from 0): {', '.join(documents[:50])}"
+        f"{' and more' if len(documents) > 50 else ''}. Lower train.lr and resume from the last checkpoint, or "
+        "look at these documents: the manifest.json of a source's token store names the raw file of each shard."
+    )
 
 
 def _write_steps(run: Run, state: TrainState) -> None:

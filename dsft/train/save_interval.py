@@ -37,6 +37,10 @@ class SaveInterval:
         self._last = step
         return True
 
+    def go_back(self, step: int) -> None:
+        """The run goes on from an older step; the interval begins there."""
+        self._last = step
+
     def learn(self, groups: Groups, cost_seconds: float, step_seconds: float | None) -> None:
         """Choose the steps to the next save by what the last one has cost on the slowest rank. Collective for ``auto``.
 

@@ -85,6 +85,12 @@ class Saver:
         """Whether the step that was just taken ends an interval."""
         return self._interval.is_due(state.step)
 
+    def begin_attempt(self, attempt: str, saved_step: int) -> None:
+        """The run has gone back to the checkpoint of ``saved_step``; no save is in flight."""
+        assert self._pending is None
+        self._attempt, self.saved_step = attempt, saved_step
+        self._interval.go_back(saved_step)
+
     # ------------------------------------------------------------------------------------------------ while training
 
     @property

@@ -33,16 +33,17 @@ from dsft.model.load import check_loadable, load_model
 from dsft.model.packed import PackedCausalLM
 from dsft.model.parameters import freeze, parameter_groups
 from dsft.model.positions import check_positions
-from dsft.sampling.balance import pack_cost
+from dsft.sampling.balance import pack_costs
 from dsft.sampling.fim import FillInTheMiddle, FimOrder
 from dsft.sampling.mlm import MaskedLanguageModelling, mlm_order
 from dsft.sampling.objectives import Objective, order_of
 from dsft.sampling.packing import planned_lengths
 from dsft.sampling.plan import Planner
-from dsft.sampling.types import Pieces, PlannedSource, Stage
+from dsft.sampling.types import Growth, PlannedSource, Stage
 from dsft.store.reader import SourceStore
 from dsft.train.optimizer import build_optimizer
 from dsft.train.stores import open_stores
+from dsft.train.streamed_files import Streaming
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +156,9 @@ def _in_ids(source: SourceSection, tokenizer: Tokenizer, pack_tokens: int) -> Ob
 
 
 def planned_sources(
-    config: RunConfig, stores: Sequence[SourceStore], objectives: Objectives
+    config: RunConfig, stores: Sequence[SourceStore], objectives: Objectives, growth: Sequence[Growth] = ()
 ) -> tuple[PlannedSource, ...]:
-    """The sources as the plan sees them."""
+    """The sources as the plan sees them; ``growth``: of each, where the run went on with a source that had grown."""
     return tuple(
         PlannedSource(
             source.name,
@@ -166,8 +167,11 @@ def planned_sources(
             None if objective is None else order_of(objective, config.run.seed, source.name),
             source.exhausted,
             store.files.will_need,
+            grown,
         )
-        for source, store, objective in zip(config.data.sources, stores, objectives, strict=True)
+        for source, store, objective, grown in zip(
+            config.data.sources, stores, objectives, growth or ((),) * len(stores), strict=True
+        )
     )
 
 
@@ -175,8 +179,16 @@ def _lengths(store: SourceStore, shard: int) -> npt.NDArray[np.int32]:
     return store.index(shard).lengths
 
 
-def open_data(config: RunConfig, tokenizer: Tokenizer, stop: StopFlag, *, worker: int, num_workers: int) -> Data:
-    """Prepare what is not prepared (each worker its own shards) and open the stores.
+def open_data(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    stop: StopFlag,
+    streaming: Streaming | None = None,
+    *,
+    worker: int,
+    num_workers: int,
+) -> Data:
+    """Prepare what is not prepared (all workers together) but what ``streaming`` opens, and open the stores.
 
     Raises:
         StoppedEarly: a stop was requested meanwhile, of this worker or another.
@@ -192,7 +204,10 @@ def open_data(config: RunConfig, tokenizer: Tokenizer, stop: StopFlag, *, worker
             )
 
     sections: list[SourceSection | EvaluationSetSection] = [*config.data.sources, *config.evaluate.sets]
-    stores = open_stores(config, sections, tokenizer, report, worker=worker, num_workers=num_workers)
+    streamed = {} if streaming is None else streaming.open(config, tokenizer)
+    prepared = [section for number, section in enumerate(sections) if number not in streamed]
+    opened = iter(open_stores(config, prepared, tokenizer, report, worker=worker, num_workers=num_workers))
+    stores = [streamed[number] if number in streamed else next(opened) for number in range(len(sections))]
     num_sources = len(config.data.sources)
     return Data(tokenizer, tuple(stores[:num_sources]), tuple(stores[num_sources:]))
 
@@ -216,9 +231,10 @@ def _pass_tokens(config: RunConfig, source: PlannedSource, epoch: int) -> int:
     return sum(int(column.sum(dtype="int64")) for column in planned)
 
 
-def build_planner(config: RunConfig, data: Data) -> Planner:
-    """The plan over the run's sources and stages."""
-    return plan_sources(config, planned_sources(config, data.stores, objectives_in_ids(config, data.tokenizer)))
+def build_planner(config: RunConfig, data: Data, growth: Sequence[Growth] = ()) -> Planner:
+    """The plan over the run's sources and stages; ``growth``: as in :func:`planned_sources`."""
+    objectives = objectives_in_ids(config, data.tokenizer)
+    return plan_sources(config, planned_sources(config, data.stores, objectives, growth))
 
 
 def plan_sources(config: RunConfig, sources: Sequence[PlannedSource]) -> Planner:
@@ -247,6 +263,7 @@ def plan_sources(config: RunConfig, sources: Sequence[PlannedSource]) -> Planner
         group_shards=section.group_shards,
         overlong=section.overlong,
         train_tokens=train_tokens(config, sources),
+        packing=section.packing,
     )
 
 
@@ -270,17 +287,13 @@ def build_loader(
     config: RunConfig, data: Data, planner: Planner, cost: ModelCost, *, rank: int, num_ranks: int
 ) -> Loader:
     """The prefetching loader of this rank."""
-
-    def cost_of(pack: Pieces) -> float:
-        return pack_cost(pack, cost.flops_per_token, cost.flops_per_token_pair)
-
     return Loader(
         planner,
         build_batch_spec(config, data),
         rank=rank,
         num_ranks=num_ranks,
         micro_batch_packs=config.train.micro_batch_packs,
-        cost=cost_of,
+        costs=partial(pack_costs, a=cost.flops_per_token, b=cost.flops_per_token_pair),
     )
 
 
@@ -374,5 +387,14 @@ def choose_device_type(environ: Mapping[str, str]) -> DeviceType:
 
 def is_offloaded(deepspeed_config: dict[str, Any]) -> bool:
     """Whether the optimizer's state lives in host memory or on NVMe."""
-    offload = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return bool(offload.get("device", "none") != "none")
+    return _offload_device(deepspeed_config, "offload_optimizer") != "none"
+
+
+def uses_nvme(deepspeed_config: dict[str, Any]) -> bool:
+    """Whether optimizer states or weights live on NVMe, which needs DeepSpeed's ``async_io``."""
+    return "nvme" in {_offload_device(deepspeed_config, key) for key in ("offload_optimizer", "offload_param")}
+
+
+def _offload_device(deepspeed_config: dict[str, Any], key: str) -> str:
+    offload = deepspeed_config.get("zero_optimization", {}).get(key) or {}
+    return str(offload.get("device", "none"))

@@ -35,6 +35,7 @@ from dsft.launch.watch import Watch
 from dsft.metrics.console import Console, set_up_logging
 from dsft.metrics.recorder import Recorder
 from dsft.metrics.throughput import Throughput
+from dsft.metrics.trackers import TrackedRun, hyper_parameters
 from dsft.model.flops import ModelCost, model_cost
 from dsft.model.load import resolved_commit
 from dsft.model.probe import prove
@@ -44,13 +45,20 @@ from dsft.train.agreement import check_same_configuration, check_same_stores, wi
 from dsft.train.attempts import Attempt, append_attempt
 from dsft.train.dry_run import describe, dry_run, try_sinks
 from dsft.train.evaluation import EvaluationPlan
+from dsft.train.followed_advice import keep_advice
+from dsft.train.growth import growth_at
 from dsft.train.loop import Run, train
 from dsft.train.profiling import Profiler
 from dsft.train.resume import restore, with_any
+from dsft.train.revision import pin_revision, with_revision
 from dsft.train.saving import Saver, versions
 from dsft.train.schedule import build_schedule
+from dsft.train.slow_ranks import SlowRanks
+from dsft.train.spikes import SpikeWatch
 from dsft.train.state import TrainState
 from dsft.train.step_log import StepLog
+from dsft.train.store_identity import stores_identity
+from dsft.train.streamed_files import begin_streaming
 from dsft.world import check_world_size, discover_world
 
 logger = logging.getLogger(__name__)
@@ -169,8 +177,8 @@ def _join(
     phases: Phases,
 ) -> dist.Groups:
     """Native operations, process group, and the proof that all ranks were started alike. Collective."""
-    cpu_adam = setup.is_offloaded(deepspeed_config)
-    prepare_deepspeed_ops(needed_ops(device_type, cpu_adam=cpu_adam), device_type)
+    cpu_adam, nvme = setup.is_offloaded(deepspeed_config), setup.uses_nvme(deepspeed_config)
+    prepare_deepspeed_ops(needed_ops(device_type, cpu_adam=cpu_adam, nvme=nvme), device_type)
     choose_kernels(config.kernels, device_type)
     phases.done("op_build_seconds")
     groups = dist.init(world, device_type)
@@ -191,7 +199,9 @@ def _set_up(config: RunConfig, options: Options, rank: Rank) -> tuple[Run, Train
     """Build the run; None after a dry run, which ends here."""
     with rank.groups.together():
         config = pin_revision(config, rank.folder.path / "config.json")
-    data, weights = _agreed_data(config, rank.groups, rank.stop)
+        if rank.folder.is_owner and not options.dry_run:
+            keep_advice(config.run.advice, rank.folder.path)
+    data, weights = _agreed_data(config, rank)
     rank.phases.done("prepare_seconds")
     engine, hf_config = setup.build_engine(config, data, rank.groups, weights, rank.deepspeed_config, rank.device_type)
     cost = model_cost(hf_config, config.data.is_masked)
@@ -217,11 +227,12 @@ def _set_up(config: RunConfig, options: Options, rank: Rank) -> tuple[Run, Train
 
 
 def _train(run: Run, state: TrainState, folder: RunFolder) -> int:
+    outcome = None
     try:
         outcome = train(run, state)
     finally:
         run.saver.close()
-        run.recorder.close()
+        run.recorder.close(failed=outcome is None)
         run.loader.close()
     is_stopped = outcome in ("stopped", "out_of_time")
     exit_code = EXIT_STOPPED_EARLY if is_stopped else EXIT_OK
@@ -267,28 +278,15 @@ def _write_failure(folder: RunFolder, step: int | None, error: BaseException) ->
         logger.error("%s", second)
 
 
-def pin_revision(config: RunConfig, saved: Path) -> RunConfig:
-    """The configuration with the hub commit that this run began with, so that every start of it sees the same files."""
-    if config.model.path is None or config.model.revision is not None or not saved.is_file():
-        return config
-    model = json.loads(saved.read_bytes())["model"]
-    return with_revision(config, model["revision"]) if model["path"] == config.model.path else config
-
-
-def with_revision(config: RunConfig, revision: str | None) -> RunConfig:
-    """The configuration with ``model.revision``, unless that is None."""
-    if revision is None:
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"revision": revision})})
-
-
-def _agreed_data(config: RunConfig, groups: dist.Groups, stop: StopFlag) -> tuple[setup.Data, str | None]:
+def _agreed_data(config: RunConfig, rank: Rank) -> tuple[setup.Data, str | None]:
     """Tokenizer and stores; an error on one rank (a bad record in its shard) ends all of them with its message."""
+    groups = rank.groups
     pinned = with_pinned_start(config, groups)
     with groups.together():
+        streaming = begin_streaming(pinned, groups.world, rank.folder, rank.stop, rank.progress)
         weights = setup.model_folder(pinned)
         tokenizer = setup.open_tokenizer(pinned)
-        data = setup.open_data(config, tokenizer, stop, worker=groups.rank, num_workers=groups.size)
+        data = setup.open_data(config, tokenizer, rank.stop, streaming, worker=groups.rank, num_workers=groups.size)
     check_same_stores(groups, (*data.stores, *data.held_out))
     return data, weights
 
@@ -301,11 +299,8 @@ def build_run(
     is_main = groups.rank == 0
     names = tuple(source.name for source in config.data.sources)
     planner = setup.build_planner(config, data)
-    identity = {
-        "config": config_to_json(config),
-        "stores": {name: store.fingerprint for name, store in zip(names, data.stores, strict=True)},
-        "world_size": groups.size,
-    }
+    stores = dict(zip(names, data.stores, strict=True))
+    identity = {"config": config_to_json(config), **stores_identity(stores), "world_size": groups.size}
     objectives = setup.objectives_in_ids(config, data.tokenizer)
     tokens = setup.train_tokens(config, setup.planned_sources(config, data.stores, objectives))
     schedule = build_schedule(config.train.schedule, lr=config.train.lr, steps=config.train.steps, tokens=tokens)
@@ -319,7 +314,8 @@ def build_run(
     )
     with groups.together():  # rank 0 opens its files
         console = Console(config.train.steps, tokens) if is_main else None
-        recorder = Recorder(folder.path, config.log.sinks, is_main=is_main, console=console)
+        tracked = TrackedRun(folder.path, config.run.name, config.log.project, hyper_parameters(config))
+        recorder = Recorder(folder.path, config.log.sinks, is_main=is_main, console=console, tracked=tracked)
         log_dir = folder.path if is_main else None
         step_log = StepLog(groups, names, throughput, log_dir, folder.attempt, engine.device)
     checkpoints, model_folder = folder.path / "checkpoints", folder.path / "model"
@@ -335,9 +331,14 @@ def build_run(
         recorder,
         planner.start(),
         schedule,
+        stores,
         allow_data_change=options.allow_data_change,
         allow_lr_jump=options.allow_lr_jump,
     )
+    with groups.together():
+        growth = growth_at(config, data, {} if origin is None else origin.before, state.cursor)
+        planner = setup.build_planner(config, data, growth)
+        identity["growth"] = dict(zip(names, growth, strict=True))
     if saver.saved_step is not None and origin is not None:
         folder.set_checkpoint(origin.checkpoint, saver.saved_step)
     with groups.together():
@@ -345,8 +346,8 @@ def build_run(
     prove(engine.module, engine.device)
     with groups.together():
         evaluation = _evaluation(config, data, state.overfit)
+        attempt = Attempt.of(folder.attempt, state.step, origin, identity, data.stores, objectives)
         if is_main:
-            attempt = Attempt.of(folder.attempt, state.step, origin, identity, data.stores, objectives)
             append_attempt(folder.path, attempt)
             setup.write_model_folder(model_folder, hf_config, data.tokenizer, engine.module)
     run = Run(
@@ -362,8 +363,11 @@ def build_run(
         stop=rank.stop,
         progress=rank.progress,
         profiler=Profiler(options.profile_steps, folder.path / "profile", groups.rank),
+        attempt=attempt,
+        spikes=None if config.train.spikes is None else SpikeWatch(config.train.spikes, state.spikes),
         seed=config.run.seed,
         salt=_salt(identity),
+        slow_ranks=SlowRanks(groups, engine.module, engine.device, recorder),
         source_names=names,
         log_every_steps=config.log.every_steps,
         max_steps=config.train.steps,

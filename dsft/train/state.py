@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dsft.errors import CheckpointError
@@ -18,7 +18,7 @@ class TrainState:
     Attributes:
         cursor: where the next step begins in the data.
         step: optimizer steps taken, skipped ones included (a skipped step used its data).
-        tokens_trained: document tokens of those steps.
+        tokens_trained: document tokens of the plan up to here: of those steps, and those that were passed over.
         supervised_trained: supervised tokens of those steps.
         num_skipped: steps whose update was skipped because loss or gradient was not finite, or nothing was supervised.
         num_skipped_in_row: of these, not-finite ones since the last step that was applied.
@@ -28,6 +28,9 @@ class TrainState:
         is_unmeasured: the evaluation that was due here was ended by a stop; the next start begins with it.
         lr_share: what the schedule had left of the peak learning rate here, warm-up aside; None: not known.
         train_loss: per source, since the last evaluation: [weighted sum of the loss, sum of weights].
+        spikes: state of the spike watch (JSON).
+        num_roll_backs: how often the run has gone back because of a loss spike.
+        tokens_skipped: document tokens that it has passed over then.
     """
 
     cursor: Cursor
@@ -42,6 +45,9 @@ class TrainState:
     is_unmeasured: bool = False
     lr_share: float | None = None
     train_loss: dict[str, list[float]] = field(default_factory=dict)
+    spikes: dict[str, Any] = field(default_factory=dict)
+    num_roll_backs: int = 0
+    tokens_skipped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, a copy: a save writes them while training goes on."""
@@ -58,8 +64,16 @@ class TrainState:
             "is_unmeasured": self.is_unmeasured,
             "lr_share": self.lr_share,
             "train_loss": self.train_loss,
+            "spikes": self.spikes,
+            "num_roll_backs": self.num_roll_backs,
+            "tokens_skipped": self.tokens_skipped,
         }
         return copy.deepcopy(values)
+
+    def become(self, other: TrainState) -> None:
+        """Take over all of another state."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(other, one.name))
 
 
 def state_from_json(values: dict[str, Any]) -> TrainState:

@@ -64,6 +64,11 @@ class StepLog:
         """Training begins now: what came before (loading, an evaluation) is not counted."""
         self._clear()
 
+    def begin_attempt(self, attempt: str) -> None:
+        """The steps from now on are of another attempt: the run has gone back to a checkpoint."""
+        self._attempt = attempt
+        self._clear()
+
     @property
     def is_empty(self) -> bool:
         """No step was added since the last record."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,16 @@ from dsft.batch.collate import join_packs
 from dsft.batch.hashing import HASH_MASK, piece_hashes
 from dsft.config.models import RunConfig
 from dsft.errors import DataError
+from dsft.sampling.cursor import cursor_from_json
 from dsft.sampling.objectives import ObjectiveOrder, objective_from_json
 from dsft.sampling.packing import planned_lengths
-from dsft.sampling.types import Cursor, Pieces, PlannedSource, StepPlan
+from dsft.sampling.plan import Planner
+from dsft.sampling.types import Cursor, Pieces, PlannedSource, StepPlan, shards_of_pass
 from dsft.sampling.usage import Usage
 from dsft.store.reader import SourceStore, verify_shard
 from dsft.train.attempts import Lineage, Segment, read_lineage
 from dsft.train.setup import plan_sources, planned_sources
+from dsft.train.store_identity import is_known_as
 from dsft.train.stores import open_places
 
 MOST_PROBLEMS = 20
@@ -46,6 +49,22 @@ class EpochReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A part of the plan that was left out on purpose, because the run had gone back after a loss spike.
+
+    Attributes:
+        after_step: the step after which it would have come.
+        steps, tokens: of the plan.
+        cause: why, as the run wrote it down.
+    """
+
+    after_step: int
+    steps: int
+    tokens: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """What was proved, and what was not.
 
@@ -58,6 +77,7 @@ class RunReport:
         superseded_steps: logged steps outside the lineage (run again later, or never committed).
         attempts: per attempt on the lineage: its id, first and last step, world size.
         sources: source name -> its passes.
+        passed_over: parts of the plan that were left out on purpose; what is between them was given without a gap.
         problems: one line each; empty: the run is proved.
         num_problems: all of them, also those beyond the first ones that ``problems`` holds.
     """
@@ -70,6 +90,7 @@ class RunReport:
     superseded_steps: int
     attempts: tuple[dict[str, str | int], ...]
     sources: dict[str, tuple[EpochReport, ...]]
+    passed_over: tuple[PassedOver, ...]
     problems: tuple[str, ...]
     num_problems: int
 
@@ -121,6 +142,8 @@ class _Check:
     num_without_update: int = 0
     usage: Usage | None = None
     source_names: tuple[str, ...] = ()
+    store_shards: tuple[int, ...] = ()
+    passed_over: list[PassedOver] = field(default_factory=list)
 
     def segment(self, segment: Segment, cursor: Cursor | None, progress: Callable[[int, int], None]) -> Cursor | None:
         """Check one attempt's steps from ``cursor`` (None: the start); returns the cursor after them.
@@ -135,13 +158,16 @@ class _Check:
         if changed:
             self.problems += changed
             return None
-        sources = planned_sources(config, stores, objectives)
+        sources = _as_then(planned_sources(config, stores, objectives), segment)
         orders = tuple(source.objective for source in sources)
         planner = plan_sources(config, sources)
         if self.usage is None:
-            self.usage = Usage(_planned(config, sources), tuple(store.num_shards for store in stores))
+            self.usage = Usage(_planned(config, sources), self._shards_of_pass)
             self.source_names = tuple(source.name for source in config.data.sources)
-        cursor = planner.start() if cursor is None else cursor
+            self.store_shards = tuple(store.num_shards for store in stores)
+        cursor = self._pass_over(segment, planner, planner.start() if cursor is None else cursor)
+        if cursor is None:
+            return None
         plans = planner.steps(cursor)
         last_step = self.lineage.segments[-1].last_step
         for step in range(segment.first_step, segment.last_step + 1):
@@ -153,6 +179,35 @@ class _Check:
             cursor = plan.cursor_after
             progress(step, last_step)
         return cursor
+
+    def _shards_of_pass(self, source: int, epoch: int) -> int:
+        """By the last attempt, which knows how the source had grown before."""
+        last = self.lineage.segments[-1].attempt.stores[source]
+        num_shards = last.get("num_shards")
+        return self.store_shards[source] if num_shards is None else shards_of_pass(num_shards, last["growth"], epoch)
+
+    def _pass_over(self, segment: Segment, planner: Planner, cursor: Cursor) -> Cursor | None:
+        """Where the attempt's first step begins: the steps of the plan from ``cursor`` to there were left out.
+
+        None where the plan has no step that ends there.
+        """
+        passed = segment.attempt.passed
+        if passed is None:
+            return cursor
+        target, num_steps, num_tokens = cursor_from_json(passed.cursor), 0, 0
+        after_step = segment.first_step - 1
+        for plan in planner.steps(cursor):
+            num_steps, num_tokens = num_steps + 1, num_tokens + plan.num_tokens
+            if plan.cursor_after == target:
+                self.passed_over.append(PassedOver(after_step, num_steps, num_tokens, passed.cause))
+                return target
+            if plan.tokens_trained >= passed.tokens:
+                break
+        self.problems.append(
+            f"steps {segment.first_step} to {segment.last_step}: the run went on after step {after_step} at a place in "
+            "the data at which no step of the plan ends"
+        )
+        return None
 
     def _step(
         self,
@@ -204,6 +259,7 @@ class _Check:
                 for segment in segments
             ),
             sources=self._sources(),
+            passed_over=tuple(self.passed_over),
             problems=tuple(problems[:MOST_PROBLEMS]),
             num_problems=len(self.problems) + len(self.mismatches),
         )
@@ -273,8 +329,20 @@ def _changed_stores(segment: Segment, stores: Sequence[SourceStore]) -> list[str
         f"steps {segment.first_step} to {segment.last_step}: the token store {store.place} has fingerprint "
         f"{store.fingerprint[:12]}, and the run was trained on {known['fingerprint'][:12]}: it was prepared anew"
         for store, known in zip(stores, segment.attempt.stores, strict=True)
-        if store.fingerprint != known["fingerprint"]
+        if not is_known_as(store, known["fingerprint"], known.get("num_shards", store.num_shards))
     ]
+
+
+def _as_then(sources: Sequence[PlannedSource], segment: Segment) -> tuple[PlannedSource, ...]:
+    """The sources with the shards that they had in an attempt: they may have grown since."""
+    return tuple(
+        replace(
+            source,
+            num_shards=known.get("num_shards", source.num_shards),
+            growth=tuple((epoch, number) for epoch, number in known.get("growth", ())),
+        )
+        for source, known in zip(sources, segment.attempt.stores, strict=True)
+    )
 
 
 def _planned(config: RunConfig, sources: Sequence[PlannedSource]) -> Callable[[int, int, int], npt.NDArray[np.int32]]:

@@ -83,6 +83,12 @@ def test_what_it_writes_trains(folder: Path) -> None:
     short = ["--set", "data.stages.1.until_tokens=12000", "--set", "train.schedule.warmup_tokens=500"]
     decay = ["--set", "train.schedule.decay_tokens=8000", "--set", "train.global_batch_packs=4"]
     _dsft(folder, "train.log", "train", str(folder / "out" / "run.yaml"), *few, *short, *decay)
+    assert (folder / "out" / "run" / "advice.json").read_bytes() == (folder / "out" / "advice.json").read_bytes()
+    assert run(["report", str(folder / "out" / "run")]) == 0
+    page = (folder / "out" / "run" / "report.md").read_text()
+    assert "| goal | to try |" in page
+    assert "| recommended | both: " in page
+    assert ": learn text: lower loss on held-out-text (" in page
     lines = [json.loads(line) for line in (folder / "out" / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "step"]
     assert losses[-1] < losses[0]

@@ -73,6 +73,8 @@ def test_offload_moves_states_to_the_host_of_all_its_ranks(shape: ModelShape) ->
     assert plain.peak("device") > optimizer.peak("device") > both.peak("device")
     disk = memory(shape, {**ZERO3, "offload_optimizer": {"device": "nvme"}})
     assert disk.peak("nvme") >= 16 * shape.num_parameters
+    many = memory(shape, {**ZERO3, "offload_optimizer": {"device": "nvme", "buffer_count": 12}})
+    assert part(many, "offload: buffers") == 3 * part(disk, "offload: buffers") > 0
 
 
 def test_checkpointing_and_the_masked_head(shape: ModelShape) -> None:
@@ -94,3 +96,16 @@ def test_backward_and_step_do_not_add_up(shape: ModelShape) -> None:
     when = {name: sum(p.num_bytes for p in found.parts if p.when == name) for name in ("always", "backward", "step")}
     assert found.peak("device") == when["always"] + max(when["backward"], when["step"])
     assert min(when.values()) > 0
+
+
+def test_on_the_cpu_zero_3_gathers_weights_into_the_blocks_that_it_freed(shape: ModelShape) -> None:
+    """Measured by ``benchmarks/estimate.py`` at 300 million parameters: the heap does not grow after the partition."""
+    zero = {**ZERO3, "stage3_max_reuse_distance": 10**9, "offload_optimizer": {"device": "cpu"}}
+    one = {"ranks": 1, "dtype": "fp32", "on_cpu": True, "micro_batch_tokens": 128}
+    found = memory(shape, zero, **one)
+    freed = part(found, "process: freed blocks")
+    assert 0 < freed < part(found, "communication: weights in use")
+    assert found.peak("host") == sum(one.num_bytes for one in found.parts) - freed
+    other = memory(shape, {**zero, "stage": 2}, **one)
+    assert other.peak("host") == sum(one.num_bytes for one in other.parts if one.when != "step")
+    assert part(other, "process: freed blocks") == freed

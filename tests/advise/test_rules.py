@@ -96,3 +96,19 @@ def test_the_reason_and_the_factors_hold_the_numbers() -> None:
     assert "--hosts" in said["resources"].numbers
     assert "not answer" in said["control against flexibility"].risk
     assert "not known" in decide(evidence(general=None)).because
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"pairs__pairs": ENOUGH_PAIRS - 1}, True),
+        ({"pairs__pairs": ENOUGH_PAIRS}, False),
+        ({"pairs__pairs": 50, "text__tokens": MIN_TEXT_TOKENS - 1}, False),
+        ({"pairs__pairs": 50, "situation__sensitivity": "high"}, False),
+    ],
+)
+def test_pairs_out_of_text_are_named_where_pairs_are_few_and_the_text_may_be_used(
+    changes: dict[str, Any], named: bool
+) -> None:
+    said = {factor.name: factor for factor in factors(evidence(**changes))}
+    assert ("dsft data bridge" in said["data availability"].risk) == named

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from dsft.batch.collate import FILLER_TOKENS, BatchSpec, collate, filler
 from dsft.batch.types import PackedBatch, model_inputs
 from dsft.ops import backend
-from dsft.sampling.packing import split_documents
+from dsft.sampling.packing import concat_and_split, split_documents
 from dsft.sampling.plan import plan_once
 from dsft.sampling.types import Pieces
 from dsft.store.reader import SourceStore
@@ -254,6 +255,29 @@ def test_equals_the_labels_of_whole_documents(
     assert supervised(batch) == rows
     assert batch.num_tokens == len(ids) == int(batch.cu_seqlens[len(batch.pieces.length)])
     assert batch.weight_sum == pytest.approx(sum(float(row[2]) for row in rows), rel=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(pack_tokens=st.integers(1, 70), reduction=st.sampled_from(["token", "document", "message"]))
+def test_documents_that_concat_and_split_cuts_anywhere(
+    two_stores: tuple[SourceStore, SourceStore], pack_tokens: int, reduction: str
+) -> None:
+    """Every token of the shard once, each part its own document, and each label as in the whole document."""
+    spec = make_spec(*two_stores, pack_tokens=pack_tokens, loss_weights=(0.3, 1.7), loss_reduction=reduction)
+    seen = []
+    document, start, length, packing = concat_and_split(two_stores[1].index(0).lengths, pack_tokens)
+    for begin, end in pairwise(packing.offsets.tolist()):
+        columns = (document[begin:end], start[begin:end], length[begin:end])
+        pieces = make_pieces(*((1, 0, *piece) for piece in zip(*(c.tolist() for c in columns), strict=True)))
+        batch = collate([pieces], spec)
+        ids, rows = naive(pieces, spec)
+        assert supervised(batch) == rows
+        lengths = length[begin:end].tolist()
+        padding = pack_tokens - sum(lengths)
+        assert batch.cu_seqlens.diff().tolist() == lengths + [padding] * (padding > 0)
+        assert batch.position_ids[0, : len(ids)].tolist() == [n for piece in lengths for n in range(piece)]
+        seen += batch.input_ids[0, : batch.num_tokens].tolist()
+    assert seen == two_stores[1].tokens(0).astype(int).tolist()
 
 
 def test_the_hash_follows_the_bytes_and_not_the_place(two_stores: tuple[SourceStore, SourceStore]) -> None:

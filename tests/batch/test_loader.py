@@ -14,14 +14,14 @@ from dsft.batch.loader import Loader
 from dsft.batch.types import StepBatch
 from dsft.errors import DataError
 from dsft.ops import backend
-from dsft.sampling.balance import pack_cost
+from dsft.sampling.balance import pack_costs
 from dsft.sampling.plan import Planner
 from dsft.sampling.types import Cursor, PlannedSource, Stage
 from dsft.store.reader import SourceStore
 from tests.support.restore import assert_restores_at_every_step
 from tests.support.stores import two_stores
 
-COST = partial(pack_cost, a=1.0, b=0.01)
+COSTS = partial(pack_costs, a=1.0, b=0.01)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +70,7 @@ def make_loader(
         rank=rank,
         num_ranks=num_ranks,
         micro_batch_packs=micro_batch_packs,
-        cost=COST,
+        costs=COSTS,
         prefetch_steps=prefetch_steps,
     )
 

@@ -23,8 +23,9 @@ def program() -> ModuleType:
 
 
 def arms(program: ModuleType, **f1: float) -> dict[str, Any]:
+    summary = sys.modules["arms"].summary
     return {
-        name: {metric: program.summary([f1[name] if metric == "answer_f1" else 1.0]) for metric in program.METRICS}
+        name: {metric: summary([f1[name] if metric == "answer_f1" else 1.0]) for metric in program.METRICS}
         for name in program.ARMS
     }
 
@@ -37,20 +38,6 @@ def test_advice_is_wrong_where_another_arm_answers_better(program: ModuleType, m
     verdict = program.judge({"method": method, "verdict": {"rule": "r", "because": "b"}}, measured)
     assert (verdict["right"], verdict["best_f1"]) == (right, "supervised")
     assert ("WRONG" in program.table("c", measured, verdict)) != right
-
-
-def test_mean_and_spread(program: ModuleType) -> None:
-    assert program.summary([1.0, 3.0]) == {"mean": 2.0, "spread": pytest.approx(2**0.5), "seeds": [1.0, 3.0]}
-    assert program.summary([1.0])["spread"] is None
-
-
-def test_what_is_done_is_kept_and_not_done_again(program: ModuleType, tmp_path: Path) -> None:
-    assert program.once(tmp_path, "arm", lambda: {"f1": 0.1}) == {"f1": 0.1}
-    assert program.once(tmp_path, "arm", lambda: pytest.fail("measured twice")) == {"f1": 0.1}
-    with pytest.raises(KeyboardInterrupt):
-        program.once(tmp_path, "other", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert program.once(tmp_path, "other", lambda: 2) == 2
-    assert 0 <= program.seconds_of(tmp_path) < 60
 
 
 def test_pairs_of_the_reference_follow_one_another() -> None:

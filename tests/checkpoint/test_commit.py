@@ -149,7 +149,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 def test_a_disk_that_fills_up_during_the_save(tmp_path: Path) -> None:
     with small_disk(tmp_path) as is_mounted:
-        texts = run_ranks(save_until_full, 2, str(tmp_path), not is_mounted, fresh=not is_mounted)
+        texts = run_ranks(save_until_full, 2, str(tmp_path), not is_mounted)
         assert texts[0] == texts[1]
         assert str(tmp_path) in texts[0]
         assert ("no space left" if is_mounted else "File too large") in texts[0]

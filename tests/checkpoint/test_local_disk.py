@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from dsft.checkpoint.commit import save
 from dsft.checkpoint.discover import checkpoints, newest
 from dsft.checkpoint.gather import gather
 from dsft.checkpoint.layout import blocks_name, shard_name
-from dsft.checkpoint.local_disk import LocalDisk, open_local_disk
+from dsft.checkpoint.local_disk import ID_NAME, LocalDisk, open_local_disk
 from dsft.checkpoint.manifest import WrittenFile
 from dsft.checkpoint.opened import OpenCheckpoint
 from dsft.checkpoint.retention import Keep
@@ -65,6 +67,9 @@ def save_steps(groups: Groups, folder: Path, hosts: str, steps: list[int]) -> tu
         disk = opened_disk(groups, folder, "a1")
         for step in steps:
             save_step(groups, folder / "run" / "checkpoints", disk, step, "a1")
+        for thread in threading.enumerate():
+            if thread.name == "sweep":
+                thread.join()
         needed = disk.needed_bytes([10**rank for rank in range(groups.size)])
         return list(disk.keepers), (*disk.host_of, needed)
 
@@ -74,7 +79,7 @@ def test_each_shard_lies_on_two_hosts_and_old_ones_go(tmp_path: Path) -> None:
     assert [keepers for keepers, _ in results] == [[2, 2, 0]] * 3
     assert [found for _, found in results] == [(0, 0, 2, 111), (0, 0, 2, 111), (0, 0, 2, 111)]
     everything = [f"rank-0000{rank}.safetensors" for rank in range(3)]
-    kept = dict.fromkeys(["step-00000002", "step-00000003", "step-00000004"], everything)  # the oldest goes next time
+    kept = dict.fromkeys(["step-00000003", "step-00000004"], everything)
     assert shards_on(tmp_path, "a") == shards_on(tmp_path, "b") == kept
     checkpoint = newest(tmp_path / "run" / "checkpoints")
     assert checkpoint is not None
@@ -120,7 +125,7 @@ def fail_to_store_the_copy(groups: Groups, folder: Path, hosts: str) -> str:
 
 
 def test_a_copy_that_cannot_be_stored_fails_the_save_on_all(tmp_path: Path) -> None:
-    texts = run_ranks(fail_to_store_the_copy, 2, tmp_path, "ab", fresh=True)
+    texts = run_ranks(fail_to_store_the_copy, 2, tmp_path, "ab")
     assert texts[0] == texts[1]
     assert "could not be copied to the next host" in texts[0]
     assert "File too large" in texts[0]
@@ -150,7 +155,7 @@ def die_while_copying(groups: Groups, folder: Path, hosts: str) -> None:
 
 def test_killed_while_it_copies(tmp_path: Path) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011  (a rank that is gone, by its own error or by its exit code)
-        run_ranks(die_while_copying, 2, tmp_path, "ab", fresh=True)
+        run_ranks(die_while_copying, 2, tmp_path, "ab")
     assert "-9" in str(caught.value) or isinstance(caught.value.__cause__, RankError)
     run = tmp_path / "run" / "checkpoints"
     assert [path.name for path in checkpoints(run)] == ["step-00000001"]
@@ -174,3 +179,40 @@ def test_a_disk_that_is_not_mounted_is_named(tmp_path: Path) -> None:
     texts = run_ranks(open_without_folder, 2, tmp_path)
     assert texts[0] == texts[1]
     assert "absent is no folder on b. Make it" in texts[0]
+
+
+def lose_the_mount(groups: Groups, folder: Path, hosts: str) -> list[str]:
+    """Saves into a run folder that is empty from the second save on, then into the old one again."""
+    run, away = folder / "run", folder / "away"
+    texts = []
+    with playing_host(folder, hosts[groups.rank]):
+        disk = opened_disk(groups, folder, "a1")
+        save_step(groups, run / "checkpoints", disk, 1, "a1")
+        for other_id in (None, "another run\n"):
+            groups.barrier()
+            if groups.rank == 0:
+                run.rename(away)
+                (run / "checkpoints").mkdir(parents=True)
+                if other_id is not None:
+                    (run / "checkpoints" / ID_NAME).write_text(other_id)
+            groups.barrier()
+            with pytest.raises(SaveError) as caught:
+                save_step(groups, run / "checkpoints", disk, 2, "a1")
+            texts.append(str(caught.value))
+            groups.barrier()
+            if groups.rank == 0:
+                assert [path.name for path in (run / "checkpoints").iterdir() if path.name != ID_NAME] == []
+                shutil.rmtree(run)
+                away.rename(run)
+        groups.barrier()
+        save_step(groups, run / "checkpoints", disk, 3, "a1")
+    return texts
+
+
+def test_an_empty_folder_in_place_of_a_lost_mount_costs_no_shard(tmp_path: Path) -> None:
+    texts = run_ranks(lose_the_mount, 2, tmp_path, "ab")
+    assert texts[0] == texts[1]
+    for text in texts[0]:
+        assert f"{tmp_path}/run/checkpoints is not the folder in which this run began" in text
+    both = ["rank-00000.safetensors", "rank-00001.safetensors"]
+    assert shards_on(tmp_path, "a") == shards_on(tmp_path, "b") == {"step-00000001": both, "step-00000003": both}

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -81,6 +82,29 @@ def test_state_and_losses_are_bit_equal_after_resume(tmp_path: Path, num_ranks: 
     shards = sorted((tmp_path / "stage 3" / "step-00000003" / "shards").glob("*.safetensors"))
     assert len(shards) == num_ranks
     assert load_file(shards[0])["frozen.weight/weight"].shape == (-(-13 * 13 // num_ranks),)
+
+
+def _full_of_nan(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 0)
+
+
+def load_into_used_memory(groups: Groups, folder: str) -> list[bool]:
+    """Whether all of the states is finite, padding too, where new memory is full of NaN."""
+    found = []
+    for name in ("stage 1", "stage 2 offload", "stage 3", "stage 3 offload"):
+        engine = make_engine(SETTINGS[name], seed=1)
+        train(engine, 0, 1, groups)
+        path = save_step(engine, Path(folder) / name, 1, groups)
+        fresh = make_engine(SETTINGS[name], seed=2)
+        with mock.patch("torch.empty_like", _full_of_nan):
+            load_engine(fresh, path, groups)
+        states = [value for state in fresh.optimizer.optimizer.state.values() for value in state.values()]
+        found.append(all(bool(torch.isfinite(value).all()) for value in states if torch.is_tensor(value)))
+    return found
+
+
+def test_what_pads_the_states_is_zero(tmp_path: Path) -> None:
+    assert run_ranks(load_into_used_memory, 2, str(tmp_path), timeout_seconds=200) == [[True] * 4] * 2
 
 
 def save_before_the_first_update(groups: Groups, folder: str) -> list[list[str]]:

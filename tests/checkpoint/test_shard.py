@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from dsft.checkpoint import shard
 from dsft.checkpoint.layout import StoredTensor, shard_name
 from dsft.checkpoint.manifest import MANIFEST_NAME, Manifest, manifest_to_json
-from dsft.checkpoint.opened import OpenCheckpoint
+from dsft.checkpoint.opened import BlockReader, OpenCheckpoint
 from dsft.checkpoint.shard import Entry, ShardReader, Wanted, bytes_of, entry_name, write_shard
 from dsft.errors import DamagedCheckpointError
-from dsft.fsio import write_json
+from dsft.fsio import BLOCK_BYTES, write_json
 
 
 @settings(deadline=None)
@@ -62,8 +64,8 @@ def test_any_cut_reads_back_at_any_other(
             for writer in tensor.writers_of(start, stop):
                 begin, end = tensor.slice_of(writer)
                 first, last = max(start, begin), min(stop, end)
-                with ShardReader(checkpoint, writer) as shard:
-                    shard.fill([Wanted(entry_name(tensor, "weight"), first - begin, got[first:last])])
+                with ShardReader(checkpoint, writer) as reader:
+                    reader.fill([Wanted(entry_name(tensor, "weight"), first - begin, got[first:last])])
         assert torch.equal(got, whole)
     ordinary = load_file(folder / shard_name(0))
     for tensor, whole in tensors.items():
@@ -73,11 +75,50 @@ def test_any_cut_reads_back_at_any_other(
 def test_a_slice_that_is_not_there_is_named(tmp_path: Path) -> None:
     tensor = StoredTensor("t", "frozen", (10,), "float32", 10, 0)
     checkpoint = write_checkpoint(tmp_path, {tensor: torch.zeros(10)}, 1)
-    with ShardReader(checkpoint, 0) as shard:
+    with ShardReader(checkpoint, 0) as reader:
         for name, into in (
             ("u/weight", torch.zeros(1)),
             ("t/weight", torch.zeros(11)),
             ("t/weight", torch.zeros(1).long()),
         ):
             with pytest.raises(DamagedCheckpointError, match="does not hold"):
-                shard.fill([Wanted(name, 0, into)])
+                reader.fill([Wanted(name, 0, into)])
+
+
+def test_what_is_read_was_asked_for_before_and_not_too_far_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every third element on, as at another world size: all of it is asked for, nothing else, a little ahead."""
+    monkeypatch.setattr(shard, "AHEAD_BYTES", 4 << 20)
+    tensors = {
+        StoredTensor(name, "frozen", (900_000,), "float32", 900_000, 0): torch.rand(900_000) for name in "abcdef"
+    }
+    checkpoint = write_checkpoint(tmp_path, tensors, 1)
+    wanted = [Wanted(f"{tensor.name}/weight", 300_000, torch.zeros(300_000)) for tensor in tensors]
+    asked: set[int] = set()
+    most_ahead = 0
+    expect, pieces = BlockReader.expect, BlockReader.pieces
+
+    def count(reader: BlockReader, offset: int, num_bytes: int) -> None:
+        nonlocal most_ahead
+        asked.update(range(offset // BLOCK_BYTES, -(-(offset + num_bytes) // BLOCK_BYTES)))
+        most_ahead = max(most_ahead, len(asked - read))
+        expect(reader, offset, num_bytes)
+
+    def follow(reader: BlockReader, offset: int, num_bytes: int) -> Iterator[memoryview]:
+        for piece in pieces(reader, offset, num_bytes):
+            blocks = range(offset // BLOCK_BYTES, -(-(offset + len(piece)) // BLOCK_BYTES))
+            assert asked.issuperset(blocks)
+            read.update(blocks)
+            offset += len(piece)
+            yield piece
+
+    read: set[int] = set()
+    with ShardReader(checkpoint, 0) as reader:
+        monkeypatch.setattr(BlockReader, "expect", count)
+        monkeypatch.setattr(BlockReader, "pieces", follow)
+        reader.fill(wanted)
+    assert asked == read
+    assert 4 << 20 <= most_ahead * BLOCK_BYTES <= (4 << 20) + shard._PART_BYTES + 8 * BLOCK_BYTES
+    for one, whole in zip(wanted, tensors.values(), strict=True):
+        assert torch.equal(one.into, whole[300_000:600_000])

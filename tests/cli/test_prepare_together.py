@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from pydoc_data.topics import topics
 import pytest
 
 from dsft.cli.main import run
+from dsft.corpus.claims import claimed
+from tests.support.launch import need
+from tests.support.ranks import REPOSITORY
+from tests.support.slurm import PROGRAMS, slurm_cluster
 from tests.support.tokenizers import tiny_tokenizer_folder
 
 NAMES = sorted(topics)[:20]
@@ -55,13 +60,16 @@ def test_an_array_whose_tasks_come_one_after_the_other(
     for name, value in {"MIN": "0", "MAX": "2", "COUNT": "3", "STEP": "1"}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     said = []
+    (name,) = (docs.name for docs in (folder / "one").glob("docs-*"))
+    (folder / "array" / name).mkdir(parents=True)
     for task in (2, 0, 1):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
-        assert run(["prepare", str(path), "--array"]) == 0
+        with claimed(folder / "array" / name, 3 if task == 2 else 99, is_alone=False):  # another task is at shard 3
+            assert run(["prepare", str(path), "--array"]) == 0
         said.append(capsys.readouterr().out)
     assert "this task's share is prepared" in said[0]
-    assert "docs: 20 documents" not in said[1]
-    assert "docs: 20 documents" in said[2]
+    assert "docs: 20 documents" not in said[0]
+    assert "docs: 20 documents" in said[1]
     assert stored(folder, "array") == stored(folder, "one")
 
 
@@ -85,3 +93,24 @@ def test_under_mpirun(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("docs: 20 documents") == 1
     assert stored(folder, "mpi") == stored(folder, "one")
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_a_job_array_of_a_slurm_cluster(folder: Path) -> None:
+    need(*PROGRAMS)
+    path, log = write_yaml(folder, "slurm"), folder / "array-%a.log"
+    task = shlex.join([sys.executable, "-m", "dsft", "prepare", str(path), "--array"])
+    with slurm_cluster() as environ:
+        done = subprocess.run(
+            ["sbatch", "--array=0-2", "--wait", f"--output={log}", "--wrap", task],
+            env={**os.environ, **environ, "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+    said = [one.read_text() for one in sorted(folder.glob("array-*.log"))]
+    assert (done.returncode, len(said)) == (0, 3), (done.stderr, said)
+    assert any("docs: 20 documents" in one for one in said), said
+    assert stored(folder, "slurm") == stored(folder, "one")

@@ -122,6 +122,21 @@ def test_bf16_sums_gradients_in_fp32_unless_told_otherwise(tmp_path: Path) -> No
     assert "data_types" not in inline(tmp_path, zero)
 
 
+def test_weights_on_nvme_are_not_prefetched_unless_told_otherwise(tmp_path: Path) -> None:
+    key = "stage3_prefetch_bucket_size"
+
+    def merged(device: str, **more: Any) -> Any:
+        offload = {"device": device, "nvme_path": "/nvme"}
+        return inline(tmp_path, {"zero_optimization": {"stage": 3, "offload_param": offload, **more}})[
+            "zero_optimization"
+        ]
+
+    assert merged("nvme")[key] == merged("nvme", **{key: "auto"})[key] == 0
+    assert merged("nvme", **{key: 1000})[key] == 1000
+    assert merged("cpu", **{key: "auto"})[key] > 0
+    assert key not in merged("cpu")
+
+
 def test_agreeing_keys_are_no_conflict(tmp_path: Path) -> None:
     merged = inline(
         tmp_path,

@@ -47,6 +47,8 @@ def test_loads_and_keeps_types(tmp_path: Path) -> None:
         ("tokens: 2.5M", "tokens: 0", ["line 14", "train.tokens: expected greater than or equal to 1"]),
         ("tokens: 2.5M", "", ["line 13", "exactly one of tokens, steps, epochs"]),
         ("tokens: 2.5M", "epochs: 1", ["train.epochs needs a single source"]),
+        ("data:\n", "data:\n  streaming: true\n  store_dir: s3://b/s\n", ["data.streaming", "s3://b/s is a URL"]),
+        ("tokens: 2.5M", "tokens: 2.5M\n  spikes: {}", ["train.spikes goes back", "give checkpoint.every_steps"]),
         (
             "path: [a.jsonl, b.jsonl]",
             "path: 3",
@@ -206,6 +208,7 @@ def test_nothing_of_the_environment_is_in_the_dump(tmp_path: Path, monkeypatch: 
         ("data.sources.0.weight=0.7", True),
         ("data.sources.1.supervise=all", True),
         ("data.window_tokens=1M", True),
+        ("data.packing=next_fit", True),
         ("model.add_tokens=[<x>]", True),
         ("data.sources.0.loss_weight=2", False),
         ("data.store_dir=elsewhere", False),
@@ -227,6 +230,17 @@ def test_differences_say_what_changes_the_data_order(tmp_path: Path, override: s
     assert [d.changes_data_order for d in differences] == [changes_data_order]
     assert differences[0].key.startswith(override.split("=")[0])
     assert (order_keys(config_to_json(old)) != order_keys(config_to_json(new))) == changes_data_order
+
+
+def test_a_checkpoint_from_before_a_key_of_the_order_has_what_was_then_the_only_way(tmp_path: Path) -> None:
+    path = write_run_yaml(tmp_path)
+    old, same = config_to_json(load_config(path)), config_to_json(load_config(path))
+    del old["data"]["packing"]
+    assert not config_differences(old, same)
+    other = config_to_json(load_config(path, ["data.packing=concat_and_split"]))
+    assert [(d.key, d.old, d.changes_data_order) for d in config_differences(old, other)] == [
+        ("data.packing", "best_fit_decreasing", True)
+    ]
 
 
 def test_differences_of_absent_keys(tmp_path: Path) -> None:
@@ -278,3 +292,14 @@ def test_what_could_teach_or_decide_nothing(tmp_path: Path, overrides: list[str]
     with pytest.raises(ConfigError) as caught:
         load_config(write_run_yaml(tmp_path), overrides)
     assert part in str(caught.value)
+
+
+def test_streaming_does_not_know_the_length_of_an_epoch() -> None:
+    values = {
+        "run": {"name": "t", "dir": "runs"},
+        "model": {"path": "m"},
+        "data": {"pack_tokens": 8, "sources": [{"name": "a", "path": "a"}], "streaming": True},
+        "train": {"epochs": 1, "global_batch_packs": 1, "lr": 1e-3},
+    }
+    with pytest.raises(ValueError, match=r"with data.streaming they are not known at the start: give train.tokens"):
+        RunConfig.model_validate(values)

@@ -8,13 +8,15 @@ from pydantic import ValidationError
 from dsft.config.models import RunConfig
 
 
-def run(sources: list[dict[str, Any]], sets: list[dict[str, Any]] | None = None, evaluate: Any = None) -> RunConfig:
+def run(
+    sources: list[dict[str, Any]], sets: list[dict[str, Any]] | None = None, evaluate: Any = None, **data: Any
+) -> RunConfig:
     named = [{"name": f"s{number}", "path": "a.jsonl", **source} for number, source in enumerate(sources)]
     return RunConfig.model_validate(
         {
             "run": {"name": "r", "dir": "run"},
             "model": {"path": "m"},
-            "data": {"pack_tokens": 64, "sources": named},
+            "data": {"pack_tokens": 64, "sources": named, **data},
             "train": {"tokens": 100, "global_batch_packs": 1, "lr": 1e-3},
             "evaluate": {"sets": sets or [], **(evaluate or {})},
         }
@@ -53,3 +55,10 @@ def test_bias_is_not_measured_of_an_encoder() -> None:
     with pytest.raises(ValidationError, match=r"evaluate\.bias reads sentences from left to right"):
         run([MLM], evaluate={"bias": [bias]})
     assert run([{}], evaluate={"bias": [bias]}).evaluate.bias
+
+
+def test_an_encoder_knows_beforehand_where_documents_are_cut() -> None:
+    with pytest.raises(ValidationError, match=r"data\.packing: concat_and_split"):
+        run([MLM], packing="concat_and_split")
+    assert run([MLM], packing="next_fit").data.packing == "next_fit"
+    assert run([{}], packing="concat_and_split").data.packing == "concat_and_split"

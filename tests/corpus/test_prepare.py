@@ -17,6 +17,8 @@ import pytest
 
 from dsft.config.evaluation import EvaluationSetSection
 from dsft.config.models import SourceSection
+from dsft.corpus.claims import claimed
+from dsft.corpus.notes import FailureNotes
 from dsft.corpus.prepare import prepare_sources, store_name
 from dsft.corpus.preview import preview_source
 from dsft.corpus.progress import PrepareProgress
@@ -25,6 +27,7 @@ from dsft.corpus.tokenizer import Tokenizer, load_tokenizer
 from dsft.corpus.workers import prepare_with_workers
 from dsft.errors import DataError, DsftError, SaveError
 from dsft.store.reader import SourceStore, verify_shard
+from tests.support.ranks import REPOSITORY
 
 TEXTS = [topics[name] for name in sorted(topics)[:12]]
 
@@ -270,24 +273,26 @@ def test_a_failed_worker_stops_those_who_wait(tmp_path: Path, base_tokenizer: To
     (raw / "1.jsonl").write_text("{}\n")
     sections = [source(raw)]
     failures: list[DsftError] = []
+    (folder := tmp_path / "store" / store_name(sections[0], base_tokenizer)).mkdir(parents=True)
 
-    def work(worker: int) -> None:
+    def work() -> None:
         try:
-            prepare(sections, base_tokenizer, tmp_path, worker=worker, num_workers=2)
+            prepare(sections, base_tokenizer, tmp_path, worker=0, num_workers=2)
         except DsftError as error:
             failures.append(error)
 
-    waiting = threading.Thread(target=work, args=(0,))
-    waiting.start()
-    while not list((tmp_path / "store").rglob("shard-000002.index")):
-        time.sleep(0.05)
-    work(1)
-    waiting.join(30)
-    assert not waiting.is_alive()
-    assert "1.jsonl:1: there is no field 'text'" in str(failures[0])
-    assert str(failures[1]).startswith("worker 1 on ")
-    assert "1.jsonl:1" in str(failures[1])
-    write_jsonl(raw / "1.jsonl", [{"text": "mended"}])  # the next attempt is not stopped by the old note
+    with claimed(folder, 1, is_alone=False):  # worker 1 is at it
+        waiting = threading.Thread(target=work)
+        waiting.start()
+        while not list(folder.glob("shard-000002.index")):
+            time.sleep(0.05)
+        FailureNotes([folder], 1).leave(DataError("1.jsonl:1: there is no field 'text'"))
+        waiting.join(30)
+        assert not waiting.is_alive()
+    assert str(failures[0]).startswith("worker 1 on ")
+    with pytest.raises(DataError, match="there is no field 'text'"):  # not stopped by the old note
+        prepare(sections, base_tokenizer, tmp_path, worker=1, num_workers=2)
+    write_jsonl(raw / "1.jsonl", [{"text": "mended"}])
     (store,) = prepare(sections, base_tokenizer, tmp_path)
     assert store.num_shards == 3
 
@@ -321,7 +326,7 @@ def test_any_failure_is_told_to_those_that_wait(
     def broken(*_: Any) -> int:
         raise IndexError("position 7 of 7")
 
-    monkeypatch.setattr("dsft.corpus.prepare.prepare_shard", broken)
+    monkeypatch.setattr("dsft.corpus.write_shard.prepare_shard", broken)
     with pytest.raises(IndexError):
         prepare([source(raw_folder(tmp_path))], base_tokenizer, tmp_path)
     (note,) = (tmp_path / "store").rglob("failed-worker-0.json")
@@ -355,14 +360,13 @@ def test_a_killed_preparation_continues(
     raw = raw_folder(tmp_path)
     (whole,) = prepare([source(raw)], base_tokenizer, tmp_path / "whole")
     store_dir = tmp_path / "killed" / "store"
-    repository = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", KILLED, tokenizer_folders["sentencepiece"], str(raw), "6", str(store_dir)]
-    killed = subprocess.run(command, cwd=repository, capture_output=True, timeout=120)
+    killed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=120)
     assert killed.returncode == -9, killed.stderr
     (folder,) = store_dir.iterdir()
-    left = sorted(os.listdir(folder))
+    left = sorted(os.listdir(folder), key=lambda name: (not name.endswith(".tmp"), name))
     assert left[0].endswith(".tmp")
-    assert left[1:] == ["shard-000000.index", "shard-000000.tokens"]
+    assert left[1:] == [".shard-000001.claim", "shard-000000.index", "shard-000000.tokens"]
     inode = (folder / "shard-000000.tokens").stat().st_ino
     os.utime(folder / left[0], (0, 0))  # as if it were left an hour ago
     (store,) = prepare([source(raw)], base_tokenizer, tmp_path / "killed")

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from dsft.config.models import SourceSection
-from dsft.corpus.prepare import prepare_sources
+from dsft.corpus.claims import claimed
+from dsft.corpus.prepare import prepare_sources, store_name
 from dsft.corpus.progress import PrepareProgress, no_progress
 from dsft.corpus.shard import prepare_shard
 from dsft.corpus.tokenizer import Tokenizer
@@ -33,12 +34,19 @@ def section(tmp_path: Path) -> SourceSection:
     return SourceSection(name="docs", path=str(tmp_path / "raw"))
 
 
+@pytest.fixture
+def folder(tmp_path: Path, section: SourceSection, base_tokenizer: Tokenizer) -> Path:
+    folder = tmp_path / "store" / store_name(section, base_tokenizer)
+    folder.mkdir(parents=True)
+    return folder
+
+
 def asked(progress: PrepareProgress) -> None:
     raise StoppedEarly("stopped on request (SIGINT)")
 
 
 def test_a_worker_that_is_asked_to_stop_stops_those_who_wait(
-    tmp_path: Path, section: SourceSection, base_tokenizer: Tokenizer
+    tmp_path: Path, section: SourceSection, base_tokenizer: Tokenizer, folder: Path
 ) -> None:
     failures: dict[int, DsftError] = {}
 
@@ -48,25 +56,26 @@ def test_a_worker_that_is_asked_to_stop_stops_those_who_wait(
         except DsftError as error:
             failures[worker] = error
 
-    waiting = threading.Thread(target=work, args=(0, no_progress))
-    waiting.start()
-    while not list((tmp_path / "store").rglob("shard-000002.index")):
-        time.sleep(0.05)
-    work(1, asked)
-    waiting.join(30)
+    with claimed(folder, 1, is_alone=False):  # a third is at it
+        waiting = threading.Thread(target=work, args=(0, no_progress))
+        waiting.start()
+        while len(list(folder.glob("*.index"))) < NUM_SHARDS - 1:
+            time.sleep(0.05)
+        work(1, asked)
+        waiting.join(30)
     assert {worker: type(error) for worker, error in failures.items()} == {0: StoppedEarly, 1: StoppedEarly}
-    (folder,) = prepare_sources([section], base_tokenizer, tmp_path / "store", 0, 1, "error")
+    prepare_sources([section], base_tokenizer, tmp_path / "store", 0, 1, "error")
     assert SourceStore(folder).num_shards == NUM_SHARDS
 
 
 def test_a_request_is_seen_while_waiting_for_others(
-    tmp_path: Path, section: SourceSection, base_tokenizer: Tokenizer
+    tmp_path: Path, section: SourceSection, base_tokenizer: Tokenizer, folder: Path
 ) -> None:
     def asked_later(progress: PrepareProgress) -> None:
-        if list((tmp_path / "store").rglob("shard-000002.index")):  # its own part is done, worker 1 is not there
+        if len(list(folder.glob("*.index"))) == NUM_SHARDS - 1:  # worker 1 has the last one
             asked(progress)
 
-    with pytest.raises(StoppedEarly):
+    with claimed(folder, 1, is_alone=False), pytest.raises(StoppedEarly):
         prepare_sources([section], base_tokenizer, tmp_path / "store", 0, 2, "error", asked_later)
 
 
@@ -81,7 +90,7 @@ def test_a_failure_elsewhere_is_seen_between_two_shards(
         (folder / "failed-worker-1.json").write_text(json.dumps(note))
         return prepare_shard(folder, number, *arguments)
 
-    monkeypatch.setattr("dsft.corpus.prepare.prepare_shard", other_fails)
+    monkeypatch.setattr("dsft.corpus.write_shard.prepare_shard", other_fails)
     with pytest.raises(DataError, match=r"worker 1 on b could not prepare its part: x\.jsonl:1"):
         prepare_sources([section], base_tokenizer, tmp_path / "store", 0, 2, "error")
-    assert made == [0]
+    assert len(made) == 1

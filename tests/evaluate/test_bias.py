@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,21 +32,6 @@ TEXTS = [
 ]
 
 
-class Single:
-    """One process: what Groups is without a process group."""
-
-    world = SimpleNamespace(rank=0, size=1)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(ALONE, name)
-
-    def sum(self, values: np.ndarray) -> np.ndarray:
-        return values
-
-
-SINGLE: Any = Single()
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(str(tiny_tokenizer_folder(tmp_path_factory.mktemp("tokenizer"))))
@@ -62,7 +45,7 @@ def plain_model() -> LlamaForCausalLM:
 
 def measure(hf: Any, section: BiasSection, tokenizer: Tokenizer) -> BiasResult:
     model = PackedCausalLM(copy_of(hf))
-    return measure_bias(model, section, tokenizer, SINGLE, device=CPU, pack_tokens=96, seed=3)
+    return measure_bias(model, section, tokenizer, ALONE, device=CPU, pack_tokens=96, seed=3)
 
 
 def reference(hf: Any, tokenizer: Any, one: Continuation) -> float:
@@ -83,7 +66,7 @@ def test_likelihoods_equal_plain_transformers(tmp_path: Path, kind: str) -> None
     loaded, hf = load_tokenizer(str(folder)), plain_model()
     sequences = [encode(one, loaded) for one in TEXTS]
     found = log_likelihoods(
-        PackedCausalLM(copy_of(hf)), sequences, SINGLE, device=CPU, pack_tokens=30, pad_id=loaded.pad_id, what="test"
+        PackedCausalLM(copy_of(hf)), sequences, ALONE, device=CPU, pack_tokens=30, pad_id=loaded.pad_id, what="test"
     )
     # Measured: 1.3e-6 at most over a text of 17 tokens, as plain transformers in fp32 (1.7e-6); the sum is fp64's.
     wanted = [reference(copy_of(hf), loaded.hf, one) for one in TEXTS]
@@ -96,7 +79,7 @@ def test_a_text_longer_than_a_pack_is_refused(tokenizer: Tokenizer) -> None:
     long = [encode(Continuation("", "word " * 100), tokenizer)]
     with pytest.raises(DataError, match=r"'crows'.*more than data.pack_tokens"):
         log_likelihoods(
-            PackedCausalLM(plain_model()), long, SINGLE, device=CPU, pack_tokens=30, pad_id=0, what="bias 'crows'"
+            PackedCausalLM(plain_model()), long, ALONE, device=CPU, pack_tokens=30, pad_id=0, what="bias 'crows'"
         )
 
 

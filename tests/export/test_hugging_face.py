@@ -6,6 +6,8 @@ import contextlib
 import json
 import multiprocessing
 import shutil
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from dsft.checkpoint.commit import save
 from dsft.checkpoint.manifest import MANIFEST_NAME
 from dsft.checkpoint.retention import Keep
+from dsft.checkpoint.shard import ShardReader, Wanted
 from dsft.cli.export import command
 from dsft.dist import Groups
 from dsft.errors import CheckpointError, ConfigError, SaveError
 from dsft.export import hugging_face
 from dsft.export.hugging_face import export_checkpoint
 from dsft.export.resolve import checkpoint_of, is_dsft_folder, weights_folder
+from dsft.export.weights import WeightReader
 from dsft.launch.native_ops import needed_ops, prepare_deepspeed_ops
 from dsft.model.packed import PackedCausalLM
 from tests.support.checkpoints import save_engine
@@ -195,6 +199,21 @@ def test_bf16_rounds_the_master_weights_once(trained: Path, tmp_path: Path) -> N
             assert torch.equal(weights.get_tensor(name), live[name].to(torch.bfloat16))
 
 
+def test_slices_of_a_tensor_are_read_side_by_side(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with WeightReader(checkpoint_of(trained), torch.float32) as weights:
+        split = [name for name, one in weights.tensors.items() if len(one.writers_of(0, one.num_elements)) == 2]
+        expected = {name: weights[name] for name in split}
+        both, fill = threading.Barrier(2), ShardReader.fill
+
+        def fill_together(self: ShardReader, wanted: Iterable[Wanted]) -> None:
+            both.wait(timeout=20)  # broken if one waits for the other to be done
+            fill(self, wanted)
+
+        monkeypatch.setattr(ShardReader, "fill", fill_together)
+        assert len(split) > 3
+        assert all(torch.equal(weights[name], expected[name]) for name in split)
+
+
 def test_command_takes_a_run_folder(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = [str(trained), str(out), "--dtype", "fp32", "--max-shard-size", "0.03MB"]
@@ -267,6 +286,28 @@ def test_weights_folder_is_exported_once_by_whoever_comes_first(trained: Path, t
     assert weights_folder(checkpoint_of(trained), tmp_path) == folders[0]
     assert folders[0].stat().st_mtime_ns == before
     assert torch.equal(_exported_logits(folders[0]), _live_logits(trained, tied=True))
+
+
+def _second_rank_first(groups: Groups, run: Path, cache: Path) -> Path:
+    if groups.rank == 1:
+        weights_folder(run, cache)
+    groups.barrier()
+    return weights_folder(run, cache)
+
+
+def test_any_rank_of_a_started_run_exports_all_of_it(trained: Path, tmp_path: Path) -> None:
+    (folder, same) = run_ranks(_second_rank_first, 2, trained, tmp_path)  # transformers saves on rank 0 only
+    assert folder == same
+    assert torch.equal(_exported_logits(folder), _live_logits(trained, tied=True))
+
+
+def test_an_export_without_weights_does_not_appear(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hugging_face, "_save_offloaded", lambda *_: None)
+    with pytest.raises(CheckpointError, match=r"wrote no config\.json and no weights"):
+        export_checkpoint(checkpoint_of(trained), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def _hold(checkpoint: Path, cache: Path, ready: Any, done: Any) -> None:

@@ -13,6 +13,8 @@ from dsft.launch.preflight import address_of_first
 
 H100 = ["NVIDIA H100", "81559", "81000", "550.1"]
 
+LOCAL = {"error": None, "free_bytes": 17e9, "is_on_run_dir": False}
+
 
 def probed(name: str, slots: int = 8, gpus: int = 8, **changed: Any) -> Probed:
     """A host with eight GPUs on which nothing is wrong, but for what is changed."""
@@ -27,6 +29,7 @@ def probed(name: str, slots: int = 8, gpus: int = 8, **changed: Any) -> Probed:
         "code": "abc",
         "files": {},
         "folders": {},
+        "local_dir": LOCAL,
         "gpus": [H100] * gpus,
         "cores": 64,
         "memory_bytes": 10**12,
@@ -37,6 +40,7 @@ def probed(name: str, slots: int = 8, gpus: int = 8, **changed: Any) -> Probed:
         "ssh": ["192.168.0.9", "50000", "192.168.0.1", "22"],
         "is_port_free": True,
         "ops": ["cpu_adam"],
+        "libaio": True,
         "locks": {},
         **changed,
     }
@@ -67,6 +71,37 @@ def test_the_host_that_differs_is_named(changed: dict[str, Any], check: str, tex
     assert finding.check == check
     assert text in finding.text
     assert finding.fix
+
+
+@pytest.mark.parametrize(
+    ("changed", "level", "text"),
+    [
+        ({}, "ok", "a disk of its own, written by every host"),
+        ({"error": "No such file or directory"}, "failure", "b: cannot be written (No such file or directory)"),
+        ({"is_on_run_dir": True}, "warning", "on b on the file system of run.dir"),
+        ({"free_bytes": 9e9}, "failure", "b: 9.00 GB are free, and the shards of 10 ranks take 10.00 GB"),
+    ],
+)
+def test_the_disk_for_shards_is_looked_at_on_every_host(changed: dict[str, Any], level: str, text: str) -> None:
+    hosts = [probed("a", slots=2), probed("b", local_dir={**LOCAL, **changed}), probed("c")]
+    findings = judge(hosts, Wanted(local_dir="/scratch", run_dir="/shared", local_bytes=1e9))
+    (found,) = [one for one in findings if one.check == "local_dir /scratch"]
+    assert found.level == level
+    assert text in found.text
+    assert bool(found.fix) == (level != "ok")
+
+
+def test_nvme_offload_needs_libaio_where_its_op_is_not_built() -> None:
+    wanted = Wanted(ops=["cpu_adam", "pin_memory", "async_io"])
+    built = probed("a", ops=wanted.ops, libaio=False)
+    assert wrong([built], wanted) == []
+    (missing,) = wrong([built, probed("b", libaio=False)], wanted)
+    assert (missing.check, missing.level) == ("libaio", "failure")
+    assert "is not on b" in missing.text
+    assert "libaio-dev" in missing.fix
+    (unbuilt,) = wrong([built, probed("b")], wanted)
+    assert "b (pin_memory, async_io)" in unbuilt.text
+    assert unbuilt.fix.endswith("native_ops pin_memory async_io")
 
 
 def test_a_lock_that_another_host_holds_is_not_stale() -> None:

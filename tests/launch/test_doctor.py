@@ -2,87 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.launch import need
-from tests.support.namespaces import Host, Network, network
-from tests.support.ranks import REPOSITORY
-from tests.support.tiny_run import write_tiny_run
+from tests.support.namespaces import Network, network
+from tests.support.wrong_hosts import HUGE, doctor, failures, write_inputs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
-
-FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
-PYTHON = os.path.realpath(sys.executable)
-HUGE = "{model_type: llama, hidden_size: 16384, intermediate_size: 65536, num_hidden_layers: 40, vocab_size: 32000}"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("doctor")
-    write_tiny_run(folder)
-    for name in ("runs", "net", "packages", "other/torch-2.0.0.dist-info"):
-        (folder / name).mkdir(parents=True)
-    (folder / "other" / "torch-2.0.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.0.0\n")
-    (folder / "constants.py").write_text("EXIT_OK = 1\n")
-    return folder
+    return tmp_path_factory.mktemp("doctor")
 
 
 @pytest.fixture(scope="module")
 def hosts(folder: Path) -> Iterator[Network]:
     need("faketime")
-    wrong = {
-        "not-shared": f"mount -t tmpfs tmpfs {folder}/runs",
-        "no-key": ": > /etc/ssh/authorized_keys",
-        "no-python": f"mount --bind /dev/null {PYTHON}",
-        "other-code": f"mount --bind {folder}/constants.py {REPOSITORY}/dsft/constants.py",
-        "other-torch": f"mount --bind {folder}/other {folder}/packages",
-        "late": f"echo SetEnv LD_PRELOAD={FAKETIME[0]} FAKETIME=-300s >> /etc/ssh/sshd_config",
-        "no-sshd": "sshd() { :; }; command() { echo true; }",
-    }
+    wrong = write_inputs(folder)
     with network(folder / "net", ["good", "fine", "well", *wrong], wrong) as hosts:
         yield hosts
 
 
-def doctor(
-    host: Host, folder: Path, slots: dict[str, int], *options: str, **environ: str
-) -> tuple[int, dict[str, Any]]:
-    """Exit code and findings, by check and level."""
-    (folder / "hosts.txt").write_text("".join(f"{name} slots={number}\n" for name, number in slots.items()))
-    command = [sys.executable, "-m", "dsft", "doctor", "--hostfile", "hosts.txt", "--json", *options]
-    path = f"{REPOSITORY}:{folder}/packages"
-    answer = subprocess.run(
-        host.command(command, folder),
-        env={**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environ},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert answer.stdout, answer.stderr
-    report = json.loads(answer.stdout)
-    assert not list((folder / "runs").glob(".dsft-*")), "the files that show whether a folder is shared"
-    return answer.returncode, report
-
-
-def failures(report: dict[str, Any]) -> str:
-    """What fails, one line each, with what to do."""
-    wrong = [one for one in report["findings"] if one["level"] == "failure"]
-    assert all(one["fix"] for one in wrong), wrong
-    return "\n".join(f"{one['check']}: {one['text']} -> {one['fix']}" for one in wrong)
-
-
 def test_every_host_that_is_wrong_is_named_with_what_to_do(folder: Path, hosts: Network) -> None:
     (folder / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n\n")
-    (folder / "extensions" / "cpu_adam").mkdir(parents=True)
-    (folder / "extensions" / "cpu_adam" / "lock").touch()
     slots = {"good": 1, "fine": 64, **dict.fromkeys(set(hosts.hosts) - {"good", "fine", "well"}, 1), "unknown": 1}
     environ = {"GLOO_SOCKET_IFNAME": "eth7", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
     try:

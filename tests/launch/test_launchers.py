@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -42,6 +43,11 @@ LAUNCHERS = {
     "openmpi": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, *DSFT],
     "mpich": ["mpirun.mpich", "-np", "2", sys.executable, *DSFT],
     "slurm": ["srun", "--nodes", "2", "--ntasks", "2", sys.executable, *DSFT],
+    # These two leave --module out or break on it (DeepSpeed 0.19.8), so they get the dsft program itself.
+    "deepspeed --launcher mpich": [*MULTI, "--launcher", "mpich", str(BIN / "dsft"), *DSFT[2:]],
+    "deepspeed --launcher slurm": [
+        *(*MULTI, "--launcher", "slurm", "--launcher_args", "--nodes 2", str(BIN / "dsft"), *DSFT[2:]),
+    ],
     "deepspeed --launcher openmpi": [
         *(*MULTI, "--launcher", "openmpi", "--launcher_args", "--allow-run-as-root --oversubscribe"),
         *("--module", *DSFT[1:]),
@@ -136,6 +142,36 @@ def test_the_losses_are_those_of_one_rank_alone(runs: Runs, launcher: str) -> No
 @pytest.mark.cluster
 def test_the_losses_under_srun_on_two_nodes(runs: Runs, slurm: dict[str, str]) -> None:
     assert runs.finish("slurm", slurm) == pytest.approx(runs.finish("alone"), rel=1e-5)
+
+
+@pytest.mark.cluster
+def test_the_losses_under_deepspeed_with_the_launcher_slurm(runs: Runs, slurm: dict[str, str]) -> None:
+    assert runs.finish("deepspeed --launcher slurm", slurm) == pytest.approx(runs.finish("alone"), rel=1e-5)
+
+
+@pytest.mark.cluster
+def test_the_losses_under_deepspeed_with_the_launcher_mpich(runs: Runs) -> None:
+    """It calls ``mpirun``, which is Open MPI's where both are installed."""
+    need("mpirun.mpich")
+    program = runs.folder / "bin" / "mpirun"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nexec mpirun.mpich "$@"\n')
+    program.chmod(0o755)
+    environ = {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+    assert runs.finish("deepspeed --launcher mpich", environ) == pytest.approx(runs.finish("alone"), rel=1e-5)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("launcher", "library"), [("openmpi", "libmpi.so.12"), ("mpich", "libmpi.so.40")])
+def test_mpi4py_with_the_other_mpi_is_refused(runs: Runs, launcher: str, library: str) -> None:
+    """Every rank would find a world of its own, of one rank, and train alone."""
+    need(LAUNCHERS[launcher][0])
+    log, run_dir = runs.folder / f"other-{launcher}.log", runs.run_dir(f"other-{launcher}")
+    environ = {**runs.environ(), "MPI4PY_LIBMPI": library}
+    assert exit_code(command(launcher, run_dir), log, environ, LIMIT_SECONDS) == 2
+    assert re.search(r"mpirun's variables say rank \d of 2, but mpi4py says rank 0 of 1", log.read_text())
+    assert "Set MPI4PY_LIBMPI to the libmpi of this mpirun" in log.read_text()
+    assert not run_dir.exists()
 
 
 @pytest.mark.cluster

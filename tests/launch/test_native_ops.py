@@ -32,7 +32,8 @@ def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         log = tmp_path / "builds"
         log.touch()
         script.write_text(
-            f'#!/bin/sh\nstaging=$4; name=$5\necho "$$" >> {log}\nmkdir -p $staging/$name; touch $staging/$name/lock\n'
+            "#!/bin/sh\nstaging=$4; name=$5\nmkdir -p $staging/$name; touch $staging/$name/lock\n"
+            f'echo "$$" >> {log}\n'  # last: who reads it may kill at once, and the lock is there
             f"{commands}\n"
             "echo library > $staging/$name/$name.so; rm $staging/$name/lock\n"
             'mv $staging/$name "$staging/../$name"; rm -r $staging\n'
@@ -120,6 +121,18 @@ def test_a_compiler_error_is_shown_and_leaves_nothing(builder: Callable[[str], P
     assert build_op(NAME, "cpu").exists()
 
 
+def test_a_missing_libaio_is_said_without_a_compiler_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real builder, with a compiler that finds everything but libaio."""
+    monkeypatch.setenv("DSFT_CACHE_DIR", str(tmp_path / "cache"))
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-laio*) exit 1;; esac\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(LaunchError, match=r"async_io cannot be built on .*install libaio-dev") as error:
+        build_op("async_io", "cpu")
+    assert "\n" not in str(error.value)
+
+
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DSFT_CACHE_DIR", str(tmp_path / "file"))
@@ -167,6 +180,7 @@ def test_which_ops_a_run_needs() -> None:
     assert needed_ops("cpu", cpu_adam=True) == ("deepspeed_shm_comm", "cpu_adam")
     assert needed_ops("cpu", cpu_adam=False) == ("deepspeed_shm_comm",)
     assert needed_ops("cuda", cpu_adam=False) == ()
+    assert needed_ops("cuda", cpu_adam=True, nvme=True) == ("cpu_adam", "pin_memory", "async_io")
 
 
 @pytest.mark.launch
@@ -214,3 +228,13 @@ def test_an_op_that_does_not_load_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(native_ops, "build_op", lambda *_: folder / f"{NAME}.so")
     with pytest.raises(LaunchError, match="cannot be loaded"):
         prepare_deepspeed_ops([NAME], "cpu")
+
+
+def test_a_start_does_not_wait_for_mlflow() -> None:
+    code = (
+        "import sys; from dsft.launch.native_ops import prepare_deepspeed_ops; prepare_deepspeed_ops((), 'cpu');"
+        "assert 'deepspeed.autotuning.autotuner' in sys.modules; assert 'mlflow' not in sys.modules;"
+        "import mlflow; assert mlflow.__version__"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr

@@ -20,6 +20,7 @@ from dsft.errors import LaunchError, SaveError
 from dsft.launch import owner
 from dsft.launch.owner import LOCK_NAME, read_run_state, take_run_folder
 from tests.support.alone import ALONE
+from tests.support.hosts import LOCAL_DIR, playing_host
 from tests.support.ranks import run_ranks
 
 
@@ -160,3 +161,20 @@ def test_state_of_a_folder_without_one(tmp_path: Path) -> None:
     assert read_run_state(tmp_path) is None
     (tmp_path / owner.STATE_NAME).write_text("{")
     assert read_run_state(tmp_path) is None
+
+
+def take_folder_of_own_host(groups: Groups, folder: Path) -> str:
+    owner.SHARED_FOLDER_SECONDS = 0.3
+    with playing_host(folder, "ab"[groups.rank]):
+        with pytest.raises(LaunchError) as caught:
+            take_run_folder(Path(LOCAL_DIR), groups)
+        groups.barrier()
+        if groups.rank == 0:
+            take_run_folder(Path(LOCAL_DIR), ALONE).release()  # the lock was given back
+    return str(caught.value)
+
+
+def test_a_folder_that_the_hosts_do_not_share_is_refused_at_the_start(tmp_path: Path) -> None:
+    texts = run_ranks(take_folder_of_own_host, 2, tmp_path)
+    assert texts[0] == texts[1]
+    assert f"run.dir: {LOCAL_DIR} is not shared: b has another folder of that path, or none" in texts[0]

@@ -1,4 +1,4 @@
-"""What a host says of itself: locks of op builds, which come and go while it looks."""
+"""What a host says of itself: its disk for shards, and locks of op builds, which come and go while it looks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,24 @@ from pathlib import Path
 import pytest
 
 from dsft.launch import probe
+
+
+def test_the_disk_for_shards(tmp_path: Path) -> None:
+    found = probe._local_dir(str(tmp_path), "/dev/shm")
+    free_bytes = found.pop("free_bytes")
+    assert found == {
+        "error": None,
+        "is_on_run_dir": tmp_path.stat().st_dev == os.stat("/dev/shm").st_dev,
+    }
+    assert free_bytes > 0
+    assert list(tmp_path.iterdir()) == []
+    assert probe._local_dir(str(tmp_path), str(tmp_path))["is_on_run_dir"]
+    absent = probe._local_dir(str(tmp_path / "absent"), str(tmp_path))
+    assert absent == {
+        "error": "No such file or directory",
+        "is_on_run_dir": False,
+        "free_bytes": None,
+    }
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 
 from dsft.launch import heartbeat, watch
 from dsft.launch.ancestors import Ancestor, Launcher
-from dsft.launch.heartbeat import Beat, limit_seconds, read_beats, read_stack
+from dsft.launch.heartbeat import Beat, Heartbeat, limit_seconds, read_beats, read_stack
 from dsft.launch.owner import STATE_NAME, read_run_state, take_run_folder, wait_until_free
 from dsft.launch.progress import Progress
 from dsft.launch.stop import StopFlag
@@ -221,3 +221,24 @@ def test_limits_follow_the_phase_and_the_median_step() -> None:
     progress.begin("save", 4)
     assert limit_seconds(progress) == 1800.0
     assert watch.standing(None).startswith("there is no checkpoint")
+
+
+def test_a_rank_that_waits_for_data_does_not_hang_however_long(tmp_path: Path) -> None:
+    folder, progress = take_run_folder(tmp_path, ALONE), Progress()
+    heartbeat = Heartbeat(tmp_path, 0, folder.attempt)
+    heartbeat.open()
+    progress.begin("step", 1)
+    progress.since -= 10_000.0
+
+    def stands_still() -> bool:
+        heartbeat.beat(progress)
+        return read_beats(tmp_path)[0].stands_still
+
+    assert stands_still()
+    with progress.waiting_for_data():
+        assert not stands_still()
+    assert not stands_still(), "its time begins when the data are there"
+    progress.data_since -= 10_000.0
+    assert stands_still()
+    heartbeat.close()
+    folder.release()

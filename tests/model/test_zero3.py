@@ -112,10 +112,10 @@ def train_variant(
 @pytest.mark.launch
 @pytest.mark.timeout(600)
 def test_partitioned_creation_gives_the_values_of_the_whole_model(tmp_path: Path) -> None:
-    run_ranks(created, 2, str(tmp_path), timeout_seconds=540, fresh=True)
+    run_ranks(created, 2, str(tmp_path), timeout_seconds=540)
 
 
 @pytest.mark.launch
 @pytest.mark.timeout(600)
 def test_gradients_generation_and_proof_equal_the_whole_model() -> None:
-    run_ranks(trained, 2, (0.8, 0.0), timeout_seconds=540, fresh=True)
+    run_ranks(trained, 2, (0.8, 0.0), timeout_seconds=540)

@@ -111,7 +111,7 @@ def train(groups: Groups, name: str, checkpointing: bool, frozen: tuple[str, ...
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_any_number_of_rows_gives_the_whole_models_gradients_with_the_same_collectives(num_ranks: int) -> None:
-    ranks = run_ranks(compare, num_ranks, timeout_seconds=360, fresh=True)
+    ranks = run_ranks(compare, num_ranks, timeout_seconds=360)
     assert all(rank == ranks[0] for rank in ranks)
     for steps in ranks[0]:
         gathers = [[event for event in step if event[0].startswith("all_gather")] for step in steps]

@@ -191,6 +191,12 @@ MUTATIONS = [
         "while (space + 1 >= length &&",
         f"{_PLAN}::test_equal_pieces_fill_a_pack_and_no_more",
     ),
+    Mutation(
+        "csrc/cpu/packing_in_order.cpp",
+        "if (lengths[i] > space)",
+        "if (lengths[i] >= space)",
+        f"{_PLAN}::test_packings_in_order",
+    ),
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from dsft.ops import backend, planning
 from dsft.sampling.mixture import merge_by_tag_reference
 from dsft.sampling.order import SourceOrder
-from dsft.sampling.packing import best_fit_decreasing_reference
+from dsft.sampling.packing import (
+    PackingMethod,
+    best_fit_decreasing_reference,
+    concat_and_split_reference,
+    next_fit_reference,
+)
 from dsft.sampling.permutation import Permutation
 from dsft.sampling.plan import Planner
 from dsft.sampling.types import PlannedSource, Stage
@@ -137,10 +142,25 @@ def test_best_fit_decreasing_of_a_whole_window(pack_tokens: int) -> None:
     assert_same(planning.best_fit_decreasing(lengths, pack_tokens), (expected.pieces, expected.offsets))
 
 
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 200), max_size=120), pack_tokens=st.integers(1, 250))
+def test_packings_in_order(lengths: list[int], pack_tokens: int) -> None:
+    column = np.array(lengths, dtype=np.int32)
+    assert_same(planning.concat_and_split(column, pack_tokens), concat_and_split_reference(column, pack_tokens))
+    fitting = np.minimum(column, pack_tokens)
+    assert_same(planning.next_fit(fitting, pack_tokens), next_fit_reference(fitting, pack_tokens))
+
+
 @pytest.mark.parametrize("lengths", [[3, 0, 2], [3, 9, 2], [-1]])
-def test_lengths_that_cannot_be_are_named(lengths: list[int]) -> None:
+@pytest.mark.parametrize("pack", [planning.best_fit_decreasing, planning.next_fit])
+def test_lengths_that_cannot_be_are_named(lengths: list[int], pack: Callable[[object, int], object]) -> None:
     with pytest.raises(AssertionError, match=r"piece \d has (0|9|-1) tokens, not 1 to 8"):
-        planning.best_fit_decreasing(np.array(lengths, dtype=np.int32), 8)
+        pack(np.array(lengths, dtype=np.int32), 8)
+
+
+def test_a_document_without_tokens_cannot_be_concatenated() -> None:
+    with pytest.raises(AssertionError, match="document 1 has no token"):
+        planning.concat_and_split(np.array([3, 0, 2], dtype=np.int32), 8)
 
 
 @settings(max_examples=40, deadline=None)
@@ -150,8 +170,11 @@ def test_lengths_that_cannot_be_are_named(lengths: list[int]) -> None:
     pack_tokens=st.integers(3, 50),
     overlong=st.sampled_from(["split", "truncate", "drop"]),
     window_documents=st.integers(5, 200),
+    packing=st.sampled_from(["best_fit_decreasing", "next_fit", "concat_and_split"]),
 )
-def test_the_whole_plan(seed: int, num_sources: int, pack_tokens: int, overlong: str, window_documents: int) -> None:
+def test_the_whole_plan(
+    seed: int, num_sources: int, pack_tokens: int, overlong: str, window_documents: int, packing: PackingMethod
+) -> None:
     rng = np.random.default_rng(seed)
     shards = [[rng.integers(0, 60, 40).astype(np.int32) for _ in range(4)] for _ in range(num_sources)]
     for of_source in shards:
@@ -171,6 +194,7 @@ def test_the_whole_plan(seed: int, num_sources: int, pack_tokens: int, overlong:
             group_shards=2,
             overlong=overlong,  # type: ignore[arg-type]
             train_tokens=3000,
+            packing=packing,
         )
         steps = [(step.plan_hash, step.cursor_after, step.num_tokens) for step in planner.steps(planner.start())]
         results.append((steps, planner.stats()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from dsft.report.history import read_history
 from dsft.report.page import html_page
+from dsft.train.followed_advice import ADVICE_NAME
+from tests.report.test_goals import EVALUATE, advice
 from tests.report.test_report import CONFIG, evaluation, step, write_run
 from tests.support.browser import chromium, visit
 
@@ -34,8 +37,9 @@ def page_of(folder: Path) -> str:
     last = evaluation(4000, 1.0, 0.3)
     records += [{**last, "samples": [{**last["samples"][0], "answer": "x" * 300}]}]
     write_run(folder, records)
+    (folder / ADVICE_NAME).write_text(json.dumps(advice()))
     history = read_history(folder)
-    history.config.update({**CONFIG, "run": {"name": LONG}})
+    history.config.update({**CONFIG, "run": {"name": LONG}, "evaluate": EVALUATE})
     return html_page(history)
 
 
@@ -51,7 +55,8 @@ def test_the_page_is_readable_on_a_telephone_and_on_a_desktop(program: str, tmp_
         assert view.outside == ()
         assert view.smallest_chart_text is not None
         assert view.smallest_chart_text > 8.5
-        assert "no difference shown" in view.text
+        for said in ("no difference shown", "The question", "What was recommended", "Goals", "reached"):
+            assert said in view.text
     assert found.views[0].widest_box <= 400 - 16, "the scores do not fit beside one another"
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dsft.errors import CheckpointError, DataError
 from dsft.sampling.cursor import cursor_from_json, cursor_to_json
-from dsft.sampling.packing import Overlong
+from dsft.sampling.packing import Overlong, PackingMethod
 from dsft.sampling.plan import Planner, hash_packs, plan_once
 from dsft.sampling.types import Cursor, Pieces, PlannedSource, Stage, StepPlan
 from tests.support.restore import assert_restores_at_every_step
@@ -104,10 +104,21 @@ def test_a_small_corpus_is_read_epoch_by_epoch() -> None:
 
 
 @pytest.mark.parametrize("stages", [ONE_STAGE, STAGES])
-@pytest.mark.parametrize("overlong", ["split", "truncate", "drop"])
-def test_restores_at_every_step(stages: tuple[Stage, ...], overlong: Overlong) -> None:
+@pytest.mark.parametrize(
+    ("overlong", "packing"),
+    [
+        ("split", "best_fit_decreasing"),
+        ("truncate", "best_fit_decreasing"),
+        ("drop", "best_fit_decreasing"),
+        ("split", "next_fit"),
+        ("split", "concat_and_split"),
+        ("truncate", "concat_and_split"),
+    ],
+)
+def test_restores_at_every_step(stages: tuple[Stage, ...], overlong: Overlong, packing: PackingMethod) -> None:
     def iterate(cursor: Cursor) -> Any:
-        return make_planner(stages, overlong=overlong).steps(cursor_from_json(cursor_to_json(cursor)))
+        planner = make_planner(stages, overlong=overlong, packing=packing)
+        return planner.steps(cursor_from_json(cursor_to_json(cursor)))
 
     steps = assert_restores_at_every_step(iterate, make_planner(stages).start(), lambda s: s.cursor_after, content)
     assert len(steps) > 20

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 
 class Alone:
     rank, size = 0, 1
+    world = SimpleNamespace(rank=0, size=1)
+
+    def sum(self, values: Any) -> Any:
+        return values
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return [json.loads(json.dumps(value))]

@@ -1,15 +1,18 @@
-"""Runs a function on N ranks of a real gloo process group, in processes that stay warm between tests.
+"""Runs a function on N ranks of a real gloo process group, in new processes that are ready at once.
 
     results = run_ranks(function, 2, "argument", timeout_seconds=60)     # [function(groups, "argument") of each rank]
 
 ``function`` must be importable (top level of its module) and gets a ``dsft.dist.Groups`` first. Each process is told
 its place by the usual variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR, MASTER_PORT), so DeepSpeed can
 be initialised inside. An exception on a rank is raised here, from its traceback; a rank that hangs is killed by its id.
+
+Processes are forks of one that has only imported (multiprocessing's forkserver): importing torch, transformers and
+DeepSpeed takes seven seconds of a core, more than most tests that need it. None is used twice: DeepSpeed's
+shared-memory collectives keep the first rank and world size for ever.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import importlib.util
@@ -22,7 +25,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -34,8 +37,12 @@ GRACE_SECONDS = 5.0
 """After one rank has failed, how long the others may take to notice before they are killed."""
 
 
-USED_DEEPSPEED = "deepspeed"
-"""Its shared-memory collectives keep the first rank and world size for ever, so such a process is not used again."""
+_IMPORTED = (
+    "dsft.train.start",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine imports it, and with it torch's compiler
+    "transformers.models.llama.modeling_llama",
+)
+"""What the server of forks imports once; with one OpenMP thread none of it starts a thread."""
 
 
 class RankError(Exception):
@@ -48,34 +55,30 @@ class _Worker:
     connection: Connection
 
 
-_idle: list[_Worker] = []
-
-
 def run_ranks(
     function: Callable[..., Any],
     num_ranks: int,
     *args: Any,
     timeout_seconds: float = 120.0,
     environ: dict[str, str] | None = None,
-    fresh: bool = False,
 ) -> list[Any]:
     """Call ``function(groups, *args)`` on ``num_ranks`` processes and return what each returned, by rank.
 
     Args:
         function: importable, so not a lambda and not nested. Arguments and results are pickled.
         timeout_seconds: hang limit; the ranks are killed by process id and RankError is raised.
-        environ: variables to set in the ranks for this call only.
-        fresh: use new processes and end them afterwards (for code that leaves state behind in its process). Processes
-            in which DeepSpeed was imported are ended in any case.
+        environ: variables to set in the ranks, beside those of this process. What reads one while it is imported has
+            read that of the first call.
 
     Raises:
         Exception: what the first rank that failed raised (its cause is a RankError with all tracebacks).
         RankError: a rank hung, or died without a word (the exit code is in the text; -9 is SIGKILL).
     """
-    workers = [_start() for _ in range(num_ranks)] if fresh else _take(num_ranks)
+    workers = [_start() for _ in range(num_ranks)]
     port = free_port()
     for rank, worker in enumerate(workers):
         variables = {
+            **os.environ,
             "RANK": str(rank),
             "WORLD_SIZE": str(num_ranks),
             "LOCAL_RANK": str(rank),
@@ -83,33 +86,23 @@ def run_ranks(
             "LOCAL_WORLD_SIZE": str(num_ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            "TORCH_GLOO_LAZY_INIT": "1",  # as dsft.dist.export_world sets it
             **(environ or {}),
         }
-        worker.connection.send((_reference(function), pickle.dumps(args), variables))
+        worker.connection.send((_reference(function), pickle.dumps(args), variables, os.getcwd()))
     outcomes = _collect(workers, timeout_seconds)
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # DeepSpeed never gives them back
         buffer.unlink(missing_ok=True)
-    is_reusable = not fresh and all(kind == "returned" and text != USED_DEEPSPEED for kind, _, text in outcomes)
-    if is_reusable:
-        _idle.extend(workers)
-    else:
-        _kill(workers)
+    _kill(workers)
     _raise_failures(outcomes)
     return [pickle.loads(outcome[1]) for outcome in outcomes]
 
 
-def _take(num_workers: int) -> list[_Worker]:
-    taken = []
-    while _idle and len(taken) < num_workers:
-        worker = _idle.pop(0)
-        if worker.process.is_alive():
-            taken.append(worker)
-    return taken + [_start() for _ in range(num_workers - len(taken))]
-
-
 def _start() -> _Worker:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_IMPORTED))
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,), daemon=False)
+    process = context.Process(target=_serve, args=(theirs,), daemon=False)
     process.start()
     theirs.close()
     return _Worker(process, ours)
@@ -165,12 +158,6 @@ def _kill(workers: Sequence[_Worker]) -> None:
         worker.process.join(10)
 
 
-@atexit.register
-def _kill_idle() -> None:
-    _kill(_idle)
-    _idle.clear()
-
-
 def _reference(function: Callable[..., Any]) -> tuple[str, str, str]:
     """(module name, file, name): the file lets a rank import a test module that no import path leads to."""
     file = inspect.getsourcefile(function)
@@ -189,22 +176,25 @@ def free_port() -> int:
 
 
 def _serve(connection: Connection) -> None:
-    """Run tasks until the parent goes away."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan when pytest itself is killed
+    """Run the one task."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan when pytest, and so the server, is killed
     if str(REPOSITORY) not in sys.path:
         sys.path.insert(0, str(REPOSITORY))
-    while True:
-        try:
-            reference, arguments, variables = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            with _environment(variables):
-                value = _run(_import(reference), pickle.loads(arguments), variables)
-        except BaseException as error:  # noqa: BLE001  (whatever it is, the test that waits must hear of it)
-            connection.send(("raised", _pickled(error), traceback.format_exc()))
-            return  # ends the process, so that ranks that wait for this one notice
-        connection.send(("returned", pickle.dumps(value), USED_DEEPSPEED if "deepspeed" in sys.modules else ""))
+    try:
+        reference, arguments, variables, folder = connection.recv()
+    except (EOFError, OSError):
+        return
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    try:
+        value = _run(_import(reference), pickle.loads(arguments), variables)
+    except BaseException as error:  # noqa: BLE001  (whatever it is, the test that waits must hear of it)
+        connection.send(("raised", _pickled(error), traceback.format_exc()))
+        return  # ends the process, so that ranks that wait for this one notice
+    connection.send(("returned", pickle.dumps(value), ""))
+    with contextlib.suppress(EOFError, OSError):
+        connection.recv()  # until all have returned: rank 0 holds the store that the others may still ask
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], variables: dict[str, str]) -> Any:
@@ -238,18 +228,6 @@ def _import(reference: tuple[str, str, str]) -> Callable[..., Any]:
     function = getattr(module, attribute)
     assert callable(function)
     return function  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    environ, folder = dict(os.environ), os.getcwd()
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(environ)
-        os.chdir(folder)
 
 
 def _pickled(error: BaseException) -> bytes | None:

@@ -22,9 +22,10 @@ from dsft.config.models import RunConfig
 from dsft.fsio import hash_file, write_json
 from dsft.metrics.json_lines import JsonLines
 from dsft.sampling.objectives import Objective
-from dsft.sampling.types import Cursor
+from dsft.sampling.types import Cursor, Growth
 from dsft.store.reader import SourceStore
 from dsft.train.attempts import ATTEMPTS_NAME, Attempt, Origin
+from dsft.train.growth import Before, growth_at
 from dsft.train.setup import Data, build_batch_spec, plan_sources, planned_sources
 from dsft.train.step_log import DATA_LOG_NAME
 
@@ -38,7 +39,9 @@ class LoggedRun:
     """A run folder that grows attempt by attempt.
 
     Attributes:
+        stores: may be replaced by grown ones between two attempts.
         cursors: step -> the cursor after it, on the line that the last attempt is of.
+        before: attempt -> the sources as it had them.
     """
 
     folder: Path
@@ -48,6 +51,7 @@ class LoggedRun:
 
     def __post_init__(self) -> None:
         self.cursors: dict[int, Cursor] = {}
+        self.before: dict[str, dict[str, Before]] = {}
 
     def attempt(
         self,
@@ -70,16 +74,33 @@ class LoggedRun:
         config = {**self.config, "train": {**self.config["train"], **train}}
         parsed = RunConfig.model_validate({**config, "run": {"name": "t", "dir": str(self.folder)}})
         data = Data(_NoTokenizer(), tuple(self.stores), ())  # type: ignore[arg-type]
-        sources = planned_sources(parsed, self.stores, self.objectives or (None,) * len(self.stores))
+        step = 0 if after is None else after[1]
+        growth: Sequence[Growth] = ((),) * len(self.stores)
+        if after is not None:
+            growth = growth_at(parsed, data, self.before[after[0]], self.cursors[step])
+        self.before[name] = {
+            store.name: Before(store.num_shards, grown) for store, grown in zip(self.stores, growth, strict=True)
+        }
+        sources = planned_sources(parsed, self.stores, self.objectives or (None,) * len(self.stores), growth)
         planner = plan_sources(parsed, sources)
         spec = replace(build_batch_spec(parsed, data), objectives=tuple(source.objective for source in sources))
         loaders = [
-            Loader(planner_of, spec, rank=rank, num_ranks=num_ranks, micro_batch_packs=1, cost=lambda pack: 1.0)
+            Loader(
+                planner_of,
+                spec,
+                rank=rank,
+                num_ranks=num_ranks,
+                micro_batch_packs=1,
+                costs=lambda packs: [1.0] * len(packs),
+            )
             for rank, planner_of in enumerate(plan_sources(parsed, sources) for _ in range(num_ranks))
         ]
-        identity = {"config": config_to_json(parsed), "world_size": num_ranks}
+        identity = {
+            "config": config_to_json(parsed),
+            "world_size": num_ranks,
+            "growth": dict(zip((store.name for store in self.stores), growth, strict=True)),
+        }
         origin = None if after is None else Origin(self.checkpoint(after[1]), after[0])
-        step = 0 if after is None else after[1]
         begun = Attempt.of(
             name,
             step,

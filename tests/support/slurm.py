@@ -93,7 +93,8 @@ def _cluster(folder: Path, timeout_seconds: float = 60.0) -> Iterator[dict[str, 
             }.items()
         ]
         deadline = time.monotonic() + timeout_seconds
-        while ask(["sinfo", "-h", "-p", "all", "-o", "%D %T"], environ) != f"{len(NODES)} idle":
+        # Idle is not ready: a job that came at once, on a busy machine, ended with JobLaunchFailure.
+        while not (_are_idle(environ) and _run_a_job(environ) and _are_idle(environ)):
             logs = [log.read_text(errors="replace")[-2000:] for log in sorted(folder.glob("*.log"))]
             assert all(daemon.poll() is None for daemon in daemons), logs
             assert time.monotonic() < deadline, logs
@@ -105,6 +106,15 @@ def _cluster(folder: Path, timeout_seconds: float = 60.0) -> Iterator[dict[str, 
             deadline = time.monotonic() + 20
             while ask(["squeue", "-h"], environ) and time.monotonic() < deadline:
                 time.sleep(0.2)
+
+
+def _are_idle(environ: dict[str, str]) -> bool:
+    return ask(["sinfo", "-h", "-p", "all", "-o", "%D %T"], environ) == f"{len(NODES)} idle"
+
+
+def _run_a_job(environ: dict[str, str]) -> bool:
+    said = ask(["srun", "--partition=all", f"--nodes={len(NODES)}", "echo", "here"], environ)
+    return said.split() == ["here"] * len(NODES)
 
 
 @contextmanager

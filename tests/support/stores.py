@@ -44,6 +44,26 @@ def write_store(
     return SourceStore(folder)
 
 
+def grow_store(folder: Path, documents: Sequence[Document]) -> SourceStore:
+    """Add a shard to a store of :func:`write_store`, and open it."""
+    old = SourceStore(folder).manifest
+    num_shards = len(old.raw_names)
+    writer = ShardWriter(folder, num_shards, old.token_dtype, f"raw-{num_shards}")
+    for document in documents:
+        writer.add(document)
+    writer.close()
+    manifest = collect_manifest(
+        folder,
+        name=old.name,
+        recipe=old.recipe,
+        listing="",
+        vocab_tokens=old.vocab_tokens,
+        num_shards=num_shards + 1,
+    )
+    write_manifest(folder, manifest)
+    return SourceStore(folder)
+
+
 def two_stores(folder: Path, num_shards: int) -> tuple[SourceStore, SourceStore]:
     """Stores ``a`` (short documents) and ``b`` (longer ones) of 80 documents each."""
     rng = np.random.default_rng(1)

@@ -28,14 +28,14 @@ BATCH_ROWS = 12
 class Toy(torch.nn.Module):
     """Odd sizes, so that ZeRO pads; small vectors, which ZeRO-3 keeps gathered; tied weights; frozen ones; buffers."""
 
-    def __init__(self, hidden: int = 13) -> None:
+    def __init__(self, hidden: int = 13, inner: int = 29, *, freeze: bool = True) -> None:
         super().__init__()
         self.embedding = torch.nn.Embedding(37, hidden)
-        self.first = torch.nn.Linear(hidden, 29)
-        self.norm = torch.nn.LayerNorm(29)
-        self.second = torch.nn.Linear(29, hidden, bias=False)
+        self.first = torch.nn.Linear(hidden, inner)
+        self.norm = torch.nn.LayerNorm(inner)
+        self.second = torch.nn.Linear(inner, hidden, bias=False)
         self.frozen = torch.nn.Linear(hidden, hidden)
-        self.frozen.requires_grad_(False)
+        self.frozen.requires_grad_(not freeze)
         self.head = torch.nn.Linear(hidden, 37, bias=False)
         self.head.weight = self.embedding.weight
         self.register_buffer("scale", torch.tensor([0.5]).float())  # zero.Init makes new tensors in the run's type
@@ -49,12 +49,18 @@ class Toy(torch.nn.Module):
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def make_engine(settings: dict[str, Any], seed: int, hidden: int = 13) -> Any:
-    """An engine around :class:`Toy` with two parameter groups. Collective."""
+def make_engine(settings: dict[str, Any], seed: int, hidden: int = 13, inner: int = 29) -> Any:
+    """An engine around :class:`Toy` with two parameter groups. Collective.
+
+    Args:
+        settings: one of SETTINGS, perhaps with a ``device_type`` other than cpu; for stage 3 also ``zero`` and ``aio``
+            (put over those sections of DeepSpeed's configuration), and ``freeze``: false, nothing is frozen.
+    """
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    prepare_deepspeed_ops(needed_ops("cpu", cpu_adam=settings["offload"]), "cpu")
+    device_type, nvme = settings.get("device_type", "cpu"), "aio" in settings
+    prepare_deepspeed_ops(needed_ops(device_type, cpu_adam=settings["offload"], nvme=nvme), device_type)
     torch.manual_seed(seed)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -72,10 +78,13 @@ def make_engine(settings: dict[str, Any], seed: int, hidden: int = 13) -> Any:
     if settings["stage"] == 3:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 40  # the norm and biases stay gathered
         config["zero_optimization"]["sub_group_size"] = settings.get("sub_group_size", 300)  # several a group
+        config["zero_optimization"] |= settings.get("zero", {})
+        if nvme:
+            config["aio"] = settings["aio"]
         with deepspeed.zero.Init(config_dict_or_path=config):
-            model = Toy(hidden)
+            model = Toy(hidden, inner, freeze=settings.get("freeze", True))
     else:
-        model = Toy(hidden)
+        model = Toy(hidden, inner)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if _dimensions(p) > 1], "weight_decay": 0.1, "lr": 1e-2, "name": "matrices"},
@@ -97,7 +106,7 @@ def train(engine: Any, first_step: int, num_steps: int, groups: Groups) -> list[
     losses = []
     for step in range(first_step, first_step + num_steps):
         batch = torch.randint(0, 37, (BATCH_ROWS, 9), generator=torch.Generator().manual_seed(step))
-        loss = engine(batch[groups.rank :: groups.size])
+        loss = engine(batch[groups.rank :: groups.size].to(engine.device))
         engine.backward(loss)
         engine.step()
         losses.append(float(groups.sum(np.array([float(loss.detach())]))[0]) / groups.size)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 Fault = Literal["none", "503", "403", "404", "reset", "stall", "short", "wrong"] | Callable[[], None]
 """What one GET of a file meets; a function is called before the file is sent as it should be."""
@@ -21,8 +21,8 @@ class WebServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, handler: type[FileHandler] | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), handler or FileHandler)
         self.files: dict[str, bytes] = {}
         self.faults: deque[Fault] = deque()
         self.ranges, self.says_no_ranges = True, False
@@ -36,7 +36,9 @@ class WebServer(ThreadingHTTPServer):
         """A client that went away is what some tests are about."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class FileHandler(BaseHTTPRequestHandler):
+    """Answers HEAD and GET, of files and of index pages of folders."""
+
     server: WebServer
     protocol_version = "HTTP/1.1"
 
@@ -87,6 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(body)
 
+    def more_headers(self) -> None:
+        """What another kind of server says of a file besides."""
+
     def _found(self) -> bytes | None:
         name = self.path.lstrip("/")
         if name in self.server.files:
@@ -103,6 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(length))
         self.send_header("ETag", f'"{hashlib.md5(data).hexdigest()}"')
+        self.more_headers()
         if self.server.says_no_ranges:
             self.send_header("Accept-Ranges", "none")
         if status == 206 and content_range:
@@ -110,10 +116,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
+_Server = TypeVar("_Server", bound=WebServer)
+
+
 @contextmanager
 def web_server() -> Iterator[WebServer]:
     """A running server; ended with the context."""
-    server = WebServer()
+    with serving(WebServer()) as server:
+        yield server
+
+
+@contextmanager
+def serving(server: _Server) -> Iterator[_Server]:
+    """Run a server; ended with the context."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

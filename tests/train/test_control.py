@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsft.batch.types import PackedBatch, StepBatch
-from dsft.errors import DataError, TrainingError
+from dsft.errors import DataError, StoppedEarly, TrainingError
 from dsft.sampling.types import Cursor, Pieces, StepPlan
 from dsft.train.control import Agreement, agree, propose
 
@@ -78,6 +78,13 @@ def test_sums_over_ranks_and_kinds_of_tokens() -> None:
 
 def test_one_rank_asked_to_stop_stops_all() -> None:
     assert all(result.stop for result in decide([batch(1, 1.0), batch(1, 1.0)], stop=(1,)))
+
+
+def test_a_rank_whose_waiting_for_data_was_ended_stops_all_and_is_not_the_end() -> None:
+    stopped = StoppedEarly("stopped on request while it waited")
+    for batches in ([None, None], [None, batch(1, 1.0)], [batch(1, 1.0), None]):
+        errors = {rank: stopped for rank, one in enumerate(batches) if one is None}
+        assert [(result.stop, result.end) for result in decide(batches, errors=errors)] == [(True, False)] * 2
 
 
 def test_a_save_goes_on_when_the_slowest_rank_has_written() -> None:

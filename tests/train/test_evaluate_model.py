@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from dsft.errors import ConfigError
 from dsft.train.evaluate_model import compare
 from tests.support.launch import exit_code
+from tests.support.lm_eval_tasks import NUM_DOCUMENTS, write_tasks
 from tests.support.ranks import REPOSITORY, free_port
 from tests.support.tokenizers import VOCAB_TOKENS, tiny_tokenizer_folder
 
@@ -38,6 +39,7 @@ evaluate:
     - {{name: jobs, kind: templates, max_items: 12}}
     - {{name: swaps, kind: counterfactual, path: {folder}/said.txt}}
     - {{name: words, kind: word_list, path: {folder}/prompts.txt, words: {folder}/words.txt, max_new_tokens: 8}}
+  lm_eval: {{path: {folder}/tasks, tasks: [choice, rolling, written]}}
 """
 
 
@@ -59,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.txt").write_text("The pilot said\nThe nurse said\nNobody said\n")
     (folder / "said.txt").write_text("He said that his day was long.\nThe nurse did what she could.\nShe left him.\n")
     (folder / "words.txt").write_text("".join(f"{letter}\n" for letter in "abcdefghij"))
+    write_tasks(folder / "tasks")
     (folder / "run.yaml").write_text(RUN_YAML.format(folder=folder, repository=REPOSITORY))
     _eval(folder, "alone", [sys.executable, "-m", "dsft"], "model")
     launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "--module", "dsft"]
@@ -120,6 +123,16 @@ def test_two_ranks_of_zero_3_measure_what_one_process_measures(folder: Path) -> 
     assert len(alone["each"]) == 3
     assert alone["each"] == pytest.approx(ranks["each"], abs=1e-6, rel=0)
     assert 0 < alone["value"] == pytest.approx(ranks["value"], abs=1e-6, rel=0)
+
+
+def test_two_ranks_of_zero_3_give_the_scores_of_tasks_that_one_process_gives(folder: Path) -> None:
+    for name in ("choice", "rolling", "written"):
+        alone, ranks = (
+            json.loads((folder / out / "tasks" / f"{name}.json").read_bytes()) for out in ("alone", "ranks")
+        )
+        assert ranks[name]["each"] == alone[name]["each"]
+        assert ranks[name]["scores"] == pytest.approx(alone[name]["scores"], rel=1e-6)
+        assert alone[name]["num_documents"] == NUM_DOCUMENTS
 
 
 def test_it_goes_on_where_it_stopped_and_compares_two_models(folder: Path) -> None:

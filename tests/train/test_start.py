@@ -11,7 +11,7 @@ from dsft.config.load import config_to_json
 from dsft.config.models import RunConfig
 from dsft.errors import ConfigError
 from dsft.launch.owner import read_run_state, take_run_folder
-from dsft.train.start import _write_failure, check_run_folder, pin_revision, with_revision
+from dsft.train.start import _write_failure, check_run_folder
 from tests.support.alone import ALONE
 
 
@@ -24,19 +24,6 @@ def config(path: str = "some/hub-name", revision: str | None = None) -> RunConfi
             "train": {"tokens": 100, "global_batch_packs": 1, "lr": 1e-3},
         }
     )
-
-
-def test_a_later_start_uses_the_commit_of_the_first(tmp_path: Path) -> None:
-    saved = tmp_path / "config.json"
-    assert pin_revision(config(), saved).model.revision is None
-    saved.write_text(json.dumps(config_to_json(with_revision(config(), "abc123"))))
-    assert pin_revision(config(), saved).model.revision == "abc123"
-    assert pin_revision(config(path="another/model"), saved).model.revision is None
-    assert pin_revision(config(revision="mine"), saved).model.revision == "mine"
-
-
-def test_a_local_folder_has_no_commit() -> None:
-    assert with_revision(config(), None) == config()
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "llama"}', "[1]", '{"run": '])

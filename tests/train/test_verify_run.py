@@ -23,7 +23,7 @@ from dsft.train.step_log import DATA_LOG_NAME
 from dsft.train.verify_run import RunReport, verify_run
 from tests.support.ranks import run_ranks
 from tests.support.run_log import LoggedRun
-from tests.support.stores import text_document, write_store
+from tests.support.stores import grow_store, text_document, write_store
 from tests.support.training import run_training
 
 VOCAB_TOKENS = 97
@@ -114,9 +114,11 @@ def test_a_run_across_crashes_and_world_sizes_is_proved(recorded: Path) -> None:
         assert [epoch.epoch for epoch in epochs] == list(range(len(epochs)))
 
 
-def test_two_whole_epochs_use_every_document_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", ["best_fit_decreasing", "next_fit", "concat_and_split"])
+def test_two_whole_epochs_use_every_document_twice(tmp_path: Path, packing: str) -> None:
     stores = _stores(tmp_path)[:1]
     config = _config(epochs=2)
+    config["data"]["packing"] = packing
     config["data"]["sources"] = config["data"]["sources"][:1]
     run = LoggedRun(tmp_path / "run", stores, config)
     run.attempt("one", 3)
@@ -266,7 +268,7 @@ def test_command(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def _train(groups: Groups, folder: Path, resume: str | None) -> None:
-    config = _config(tokens=1500)
+    config = _config(tokens=4500)
     config["model"] = {"path": str(folder / "model"), "dtype": "fp32"}
     config["checkpoint"] = {"every_steps": 4, "keep_last": 100}
     run_training(groups, folder / "run", config, [folder / "a", folder / "b"], False, resume)
@@ -281,8 +283,12 @@ def test_a_real_run_that_went_on_from_an_older_checkpoint_on_other_ranks(tmp_pat
     _stores(tmp_path)
     run_ranks(_train, 2, tmp_path, None, timeout_seconds=240)
     older = tmp_path / "run" / "checkpoints" / "step-00000004"
+    added = [text_document(np.arange(3, 50)) for _ in range(9)]
+    grow_store(tmp_path / "b", added)
     run_ranks(_train, 2, tmp_path, str(older), timeout_seconds=240)
     report = _verify(tmp_path)
     assert report.is_proved, report.problems
     assert [attempt["first_step"] for attempt in report.attempts] == [1, 5]
-    assert report.superseded_steps == report.steps - 4
+    assert report.superseded_steps > report.steps - 8
+    passes = [one.documents_of_pass for one in report.sources["b"]]
+    assert passes[:2] == [DOCUMENTS["b"], DOCUMENTS["b"] + len(added)]
