@@ -11,14 +11,18 @@ from pathlib import Path
 _ROOT = Path("/sys/fs/cgroup")
 
 
-def _parent() -> tuple[Path, str] | None:
-    """Where a group may be made, and the name of its limit; None: nowhere."""
+def _parent(limit_bytes: int) -> tuple[Path, dict[str, int]] | None:
+    """Where a group may be made, and its limits in the order in which they must be set; None: nowhere.
+
+    The limit of memory alone kills nobody where the machine has swap: what is beyond it goes there.
+    """
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "memory":
-            return _ROOT / "memory" / path.lstrip("/"), "memory.limit_in_bytes"
+        if controllers == "memory":  # memsw is the sum of both
+            limits = {"memory.limit_in_bytes": limit_bytes, "memory.memsw.limit_in_bytes": limit_bytes}
+            return _ROOT / "memory" / path.lstrip("/"), limits
         if controllers == "" and (_ROOT / "cgroup.controllers").exists():
-            return _ROOT, "memory.max"
+            return _ROOT, {"memory.max": limit_bytes, "memory.swap.max": 0}
     return None
 
 
@@ -28,15 +32,16 @@ def memory_group(limit_bytes: int) -> Iterator[Path | None]:
 
     A process joins it when its id is written to ``cgroup.procs``; what it allocates from then on counts.
     """
-    found = _parent()
+    found = _parent(limit_bytes)
     if found is None:
         yield None
         return
-    parent, limit = found
+    parent, limits = found
     group = parent / f"dsft-test-{uuid.uuid4().hex[:8]}"
     try:
         group.mkdir()
-        (group / limit).write_text(str(limit_bytes))
+        for name, value in limits.items():
+            (group / name).write_text(str(value))
     except OSError:
         if group.exists():
             group.rmdir()
