@@ -3,9 +3,10 @@
 Each case is a run of ``dsft train`` in a process of its own: the first optimizer steps of a Llama from scratch under
 ZeRO 1, 2 or 3, with the optimizer offloaded or not. Measured is the process's peak resident memory minus what it held
 after its imports; predicted is ``dsft estimate`` for the same file. Without arguments one small model and three cases;
-``--full``: 100, 300 and 600 million parameters in all six. A case that needs more memory than is free, less 4 GiB, is
-skipped and named. With ``--cases FOLDER`` each case's result is a file there, and those that are there are not measured
-again. The last line is one JSON object: bytes, and the error of each prediction.
+``--full``: 100, 300 and 600 million parameters in all six. A case that needs more memory than is free, less 1 GiB, is
+skipped and named, and so is one of which the kernel began to swap a part out. With ``--cases FOLDER`` each case's
+result is a file there, and those that are there are not measured again.
+The last line is one JSON object: bytes, and the error of each prediction.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {
 """Name -> hidden size, intermediate size, layers, heads."""
 VOCABULARY, PACK_TOKENS, NUM_STEPS = 16_000, 128, 2
 LIMIT_SECONDS = 1800.0
-SPARE_BYTES, LAST_BYTES = 4 * 2**30, 2 * 2**30
+SPARE_BYTES, LAST_BYTES = 2**30, 3 * 2**28
 """Free memory that a case must leave by its prediction, and the least at which it is ended, because others took it: a
 machine that runs out of memory ends more than the benchmark."""
 RUN_YAML = """\
@@ -80,7 +81,8 @@ def measure(folder: Path) -> int | None:
     """Bytes that training adds to a process after its imports, at its peak in the first steps.
 
     The run itself records its peak after each step. It is ended then: a closing save would only fill the disk. None
-    where others took so much memory meanwhile that it had to be ended before.
+    where others took so much memory meanwhile that it had to be ended before, or that a part of it was swapped out,
+    which resident memory does not count.
     """
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     metrics = folder / "run" / "metrics.jsonl"
@@ -89,9 +91,10 @@ def measure(folder: Path) -> int | None:
         deadline = time.monotonic() + LIMIT_SECONDS
         try:
             while not (peaks := _step_peaks(metrics))[NUM_STEPS - 1 :]:
-                if psutil.virtual_memory().available < LAST_BYTES:
+                is_alive = process.poll() is None
+                if psutil.virtual_memory().available < LAST_BYTES or (is_alive and _swapped_bytes(process.pid)):
                     return None
-                if process.poll() is not None or time.monotonic() > deadline:
+                if not is_alive or time.monotonic() > deadline:
                     log.seek(0)
                     sys.exit(f"the run ended (or hung) before step {NUM_STEPS}:\n{log.read()[-4000:]}")
                 time.sleep(0.2)
@@ -99,6 +102,12 @@ def measure(folder: Path) -> int | None:
             process.kill()
             process.wait()
     return max(peaks) - int((folder / "held").read_text())
+
+
+def _swapped_bytes(pid: int) -> int:
+    """What the kernel holds of a process in swap."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSwap:")), 0)
 
 
 def _step_peaks(metrics: Path) -> list[int]:
@@ -143,7 +152,8 @@ def compare(folder: Path, kept: Path | None, size: str, stage: int, offload: str
         return {**case, "measured_bytes": None, "error": None, "skipped": skipped}
     peak = measure(folder)
     if peak is None:
-        return {**case, "measured_bytes": None, "error": None, "skipped": "others took the memory while it ran"}
+        skipped = "others took the memory while it ran, or the kernel swapped a part of it out"
+        return {**case, "measured_bytes": None, "error": None, "skipped": skipped}
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{peak}\n")

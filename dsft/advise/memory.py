@@ -21,10 +21,10 @@ CPU_PROCESS_BYTES = 200 * 2**20
 HEAP_BLOCK_BYTES = 32 * 2**20
 """glibc serves smaller blocks from its heap once one of them was freed (DEFAULT_MMAP_THRESHOLD_MAX of mallopt(3)), and
 the heap keeps what is freed below its top."""
-HEAP_COPIES, HEAP_COPIES_OFFLOADED = 2, 1
-"""Copies of the weights that the heap of a CPU process keeps in freed blocks: those that the flat buffers replaced and
-the gradients, or one of them where offload copies gradients away one by one. Chosen from the cases of 100 million
-parameters of ``benchmarks/estimate.py``."""
+HEAP_COPIES = 1
+"""Copies of the weights that the heap of a CPU process keeps in freed blocks. The flat buffers free one copy, and each
+backward pass frees gradients; how much of it the heap can give back depends on what lies above it. Runs of
+``benchmarks/estimate.py`` kept between none and two copies, the same case by up to one more or less."""
 LOGITS_BYTES = 256 * 2**20
 """fp32 logits that dsft's head holds at once (``ops/linear_cross_entropy.py``)."""
 _DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -113,9 +113,8 @@ def memory_of(shape: ModelShape, settings: Settings) -> Memory:
     """Every part that a rank holds."""
     parts = [*(_zero3(shape, settings) if settings.stage == 3 else _zero12(shape, settings))]
     if settings.on_cpu:
-        offloaded = settings.place_of("offload_optimizer") != "device"
         in_heap = sum(n for n in shape.parameter_sizes if n * settings.dtype_bytes < HEAP_BLOCK_BYTES)
-        freed = (HEAP_COPIES_OFFLOADED if offloaded else HEAP_COPIES) * in_heap * settings.dtype_bytes
+        freed = HEAP_COPIES * in_heap * settings.dtype_bytes
         # ZeRO-3 gathers the weights in use into these blocks, so in the backward pass they are not free.
         parts.append(Part("process: freed blocks", "device", freed, "step" if settings.stage == 3 else "always"))
     parts += _activations(shape, settings)
