@@ -49,7 +49,6 @@ struct Row {
   int32_t* rows;
   int32_t* targets;
   float* row_weight;
-  int32_t* row_source;
 };
 
 template <typename Stored>
@@ -148,7 +147,6 @@ int32_t supervise(const Piece& piece, int64_t at, int32_t source, const Rule& ru
     count_up(static_cast<int32_t>(at + begin - 1), count, out.rows + row);
     copy_tokens(piece.tokens + begin * view.token_bytes, view.token_bytes, count, out.targets + row);
     std::fill_n(out.row_weight + row, count, weight);
-    std::fill_n(out.row_source + row, count, source);
     summary->weight_sum += static_cast<double>(weight) * static_cast<double>(count);
     summary->num_rows += count;
   }
@@ -211,7 +209,7 @@ int32_t gather_row(const Pieces& pieces, int64_t begin, int64_t end, int64_t row
 
 // Row r is made of the pieces [borders[r], borders[r + 1]) and has row_tokens[r] tokens. input_ids and position_ids
 // hold the rows one after the other, without gaps; so do the outputs of the supervised rows (num_rows elements a row)
-// and cu_seqlens (one element more than the row has pieces, two if it has a tail). The first six have room for the sum
+// and cu_seqlens (one element more than the row has pieces, two if it has a tail). The first five have room for the sum
 // of row_tokens, cu_seqlens for two elements more a row than there are pieces. Returns a GatherError; *where is the
 // piece it is about.
 DSFT_EXPORT int32_t dsft_gather_rows(const ShardView* const* views, const int64_t* place, const int32_t* source,
@@ -220,14 +218,13 @@ DSFT_EXPORT int32_t dsft_gather_rows(const ShardView* const* views, const int64_
                                      const int64_t* row_tokens, const double* loss_weights, int32_t reduction,
                                      int64_t most_tokens, int64_t pack_tokens, int32_t pad_id, uint64_t hash_key,
                                      int32_t* input_ids, int32_t* position_ids, int32_t* rows, int32_t* targets,
-                                     int32_t* row_source, float* row_weight, int32_t* cu_seqlens, Summary* summary,
-                                     int64_t* where) {
+                                     float* row_weight, int32_t* cu_seqlens, Summary* summary, int64_t* where) {
   const Pieces pieces = {views, place, source, shard, document, start, length};
   const auto divisor = static_cast<dsft::LossReduction>(reduction);
   const Rule rule = {loss_weights, divisor, most_tokens, pack_tokens, pad_id, hash_key};
   int64_t at = 0, row = 0;
   for (int64_t r = 0; r < num_rows; ++r) {
-    const Row out = {input_ids + at, position_ids + at, rows + row, targets + row, row_weight + row, row_source + row};
+    const Row out = {input_ids + at, position_ids + at, rows + row, targets + row, row_weight + row};
     const int32_t error =
         gather_row(pieces, borders[r], borders[r + 1], row_tokens[r], rule, out, cu_seqlens, summary + r, where);
     if (error != kGatherOk) return error;

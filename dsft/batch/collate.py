@@ -120,7 +120,6 @@ def collate_rows(
             rows=row.rows,
             targets=row.targets,
             row_weight=row.row_weight,
-            row_source=row.row_source,
             pieces=of_row,
             num_tokens=row.num_tokens,
             num_padding_tokens=tokens - row.num_tokens,
@@ -196,7 +195,7 @@ def _gather_reference(pieces: Pieces, row_tokens: int, spec: BatchSpec) -> Gathe
         torch.from_numpy(np.array(spec.loss_weights, dtype=np.float64)[pieces.source]),
         spec.loss_reduction,
     )
-    input_ids, position_ids, borders, rows, targets, row_piece = pack_sequences(
+    input_ids, position_ids, borders, rows, targets, _ = pack_sequences(
         torch.from_numpy(contents.tokens),
         torch.from_numpy(contents.offsets),
         torch.from_numpy(contents.has_lookahead),
@@ -219,7 +218,6 @@ def _gather_reference(pieces: Pieces, row_tokens: int, spec: BatchSpec) -> Gathe
         rows=rows.int(),
         targets=targets.int(),
         row_weight=row_weight,
-        row_source=torch.from_numpy(pieces.source)[row_piece],
         num_tokens=num_tokens,
         max_seqlen=int(borders.diff().max()),
         data_hash=hash_row(pieces, input_ids.int().numpy()),
@@ -239,7 +237,6 @@ def filler(spec: BatchSpec) -> PackedBatch:
         rows=none,
         targets=none,
         row_weight=torch.empty(0, dtype=torch.float32),
-        row_source=none,
         pieces=Pieces(empty32, empty32, empty64, empty64, empty32, empty32),
         num_tokens=0,
         num_padding_tokens=FILLER_TOKENS,

@@ -23,7 +23,6 @@ class PackedBatch:
         rows: int32[n], ascending positions in [0, L) that are supervised.
         targets: int32[n], the token each row predicts.
         row_weight: float32[n], factor of each row in the loss sum.
-        row_source: int32[n], source of each row (position in the configuration).
         pieces: what the row is made of, in order (empty for a filler).
         num_tokens: document tokens; num_padding_tokens: L minus these; both 0 and L for a filler.
         weight_sum: sum of row_weight in fp64.
@@ -38,7 +37,6 @@ class PackedBatch:
     rows: torch.Tensor
     targets: torch.Tensor
     row_weight: torch.Tensor
-    row_source: torch.Tensor
     pieces: Pieces
     num_tokens: int
     num_padding_tokens: int
@@ -71,3 +69,13 @@ def model_inputs(batch: PackedBatch, device: torch.device) -> dict[str, torch.Te
         "row_weight": batch.row_weight.to(device, non_blocking=True),
         "num_tokens": batch.num_tokens,
     }
+
+
+def row_sources(batch: PackedBatch, device: torch.device) -> torch.Tensor:
+    """Source of each supervised row (position in the configuration), int32[n] on ``device``.
+
+    Found by its piece: a column of them would be a sixth of all that the loader writes.
+    """
+    rows, borders = batch.rows.to(device, non_blocking=True), batch.cu_seqlens.to(device, non_blocking=True)
+    of_pieces = torch.from_numpy(batch.pieces.source).to(device, non_blocking=True)
+    return of_pieces[torch.bucketize(rows, borders, right=True) - 1]

@@ -38,7 +38,7 @@ from dsft.store.layout import index_path, tokens_path
 from dsft.store.manifest import Manifest, fingerprint, read_manifest, write_manifest
 from dsft.store.reader import read_index_metadata
 
-_POLL_SECONDS = 0.2
+_FIRST_POLL_SECONDS, _POLL_SECONDS = 0.005, 0.2
 _WAIT_LINE_SECONDS = 10.0
 _STALE_SECONDS = 3600.0
 """A temporary file that was not written to for this long belongs to a process that is gone."""
@@ -372,11 +372,13 @@ def _wait_for_shards(job: Job, share: _Share) -> int:
 
 
 class _Waiting:
-    """Pauses between two looks at the folder, says what it waits for, and stops where a worker has failed."""
+    """Pauses between two looks at the folder, short ones first: the wait is at most twice as long as it must be, or
+    ``_POLL_SECONDS`` longer. Says what it waits for, and stops where a worker has failed."""
 
     def __init__(self, reporter: Reporter, notes: FailureNotes) -> None:
         self._reporter, self._notes = reporter, notes
         self._began = self._said = time.monotonic()
+        self._pause_seconds = _FIRST_POLL_SECONDS
 
     def pause(self, what: str) -> None:
         self._notes.check()
@@ -385,4 +387,5 @@ class _Waiting:
         if now - self._said >= _WAIT_LINE_SECONDS:
             self._said = now
             self._reporter.say(f"waiting for {what} ({now - self._began:.0f} s)")
-        time.sleep(_POLL_SECONDS)
+        time.sleep(self._pause_seconds)
+        self._pause_seconds = min(2 * self._pause_seconds, _POLL_SECONDS)

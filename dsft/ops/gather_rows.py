@@ -56,7 +56,6 @@ class GatheredRow(NamedTuple):
     rows: torch.Tensor
     targets: torch.Tensor
     row_weight: torch.Tensor
-    row_source: torch.Tensor
     num_tokens: int
     max_seqlen: int
     data_hash: int
@@ -139,8 +138,8 @@ def gather_rows(
     columns = [np.ascontiguousarray(column) for column in (views, places, *pieces)]
     lengths = np.array(row_tokens, dtype=np.int64)
     total = sum(row_tokens)
-    memory = torch.empty(6 * total, dtype=torch.int32) if buffers is None else buffers.take(6 * total)
-    buffer = memory.view(6, total)
+    memory = torch.empty(5 * total, dtype=torch.int32) if buffers is None else buffers.take(5 * total)
+    buffer = memory.view(5, total)
     cu_seqlens = torch.empty(len(views) + 2 * len(row_tokens), dtype=torch.int32)
     summary, where = np.empty(len(row_tokens), SUMMARY), ctypes.c_int64()
     code = _function()(
@@ -154,7 +153,7 @@ def gather_rows(
         pack_tokens,
         pad_id,
         hash_key,
-        *(memory.data_ptr() + 4 * total * column for column in range(6)),
+        *(memory.data_ptr() + 4 * total * column for column in range(5)),
         cu_seqlens.data_ptr(),
         summary.ctypes.data,
         ctypes.byref(where),
@@ -177,14 +176,14 @@ def _cut(
     ids, positions = (buffer[column : column + 1].split_with_sizes(row_tokens, dim=1) for column in (0, 1))
     used = [row[0] for row in summary]
     used.append(buffer.shape[1] - sum(used))
-    rows, targets, sources = (buffer[column].split_with_sizes(used) for column in (2, 3, 4))
-    weights = buffer[5].view(torch.float32).split_with_sizes(used)
+    rows, targets = (buffer[column].split_with_sizes(used) for column in (2, 3))
+    weights = buffer[4].view(torch.float32).split_with_sizes(used)
     borders = [
         count + 1 + (row[1] < tokens) for count, tokens, row in zip(num_pieces, row_tokens, summary, strict=True)
     ]
     borders.append(len(cu_seqlens) - sum(borders))
     columns = zip(
-        ids, positions, cu_seqlens.split_with_sizes(borders), rows, targets, weights, sources, summary, strict=False
+        ids, positions, cu_seqlens.split_with_sizes(borders), rows, targets, weights, summary, strict=False
     )
     return [GatheredRow(*tensors, *numbers[1:]) for *tensors, numbers in columns]
 
@@ -201,6 +200,6 @@ def _function() -> ctypes._NamedFuncPointer:
         *[_INT64] * 2,
         _INT32,
         _UINT64,
-        *[_POINTER] * 9,
+        *[_POINTER] * 8,
     ]
     return function

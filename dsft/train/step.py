@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dsft.batch.types import PackedBatch, StepBatch, model_inputs
+from dsft.batch.types import PackedBatch, StepBatch, model_inputs, row_sources
 from dsft.train.control import Agreement
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _seed_generators(seed: int, step: int, batch: PackedBatch) -> None:
 def _add_by_source(totals: torch.Tensor, batch: PackedBatch, row_nll: torch.Tensor) -> None:
     if batch.rows.numel() == 0:
         return
-    source = batch.row_source.to(totals.device, non_blocking=True)
+    source = row_sources(batch, totals.device)
     weight = batch.row_weight.to(totals.device, non_blocking=True).double()
     # Not index_add_, which on CUDA adds in another order each time; and an infinite loss stays with its own source.
     is_of = source == torch.arange(totals.shape[1], device=totals.device)[:, None]

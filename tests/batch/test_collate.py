@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsft.batch.collate import FILLER_TOKENS, BatchSpec, collate, filler
-from dsft.batch.types import PackedBatch, model_inputs
+from dsft.batch.types import PackedBatch, model_inputs, row_sources
 from dsft.ops import backend
 from dsft.sampling.packing import concat_and_split, split_documents
 from dsft.sampling.plan import plan_once
@@ -78,7 +78,6 @@ def test_a_row_by_hand(tmp_path: Path) -> None:
         "rows": torch.int32,
         "targets": torch.int32,
         "row_weight": torch.float32,
-        "row_source": torch.int32,
     }.items():
         assert getattr(batch, name).dtype == dtype, name
 
@@ -183,7 +182,7 @@ def test_a_source_without_loss_weight_has_no_rows(tmp_path: Path) -> None:
     stores = [write_store(tmp_path / str(n), [text_document(range(5))], name=str(n)) for n in range(3)]
     spec = make_spec(*stores, pack_tokens=15, loss_weights=(1.0, 0.0, 0.25))
     batch = collate([make_pieces((2, 0, 0, 0, 5), (1, 0, 0, 0, 5), (0, 0, 0, 0, 5))], spec)
-    assert batch.row_source.tolist() == [2] * 4 + [0] * 4
+    assert row_sources(batch, torch.device("cpu")).tolist() == [2] * 4 + [0] * 4
     assert batch.row_weight.tolist() == [0.25] * 4 + [1.0] * 4
     assert batch.num_tokens == 15
 
@@ -191,7 +190,8 @@ def test_a_source_without_loss_weight_has_no_rows(tmp_path: Path) -> None:
 def test_a_row_without_any_supervision(tmp_path: Path) -> None:
     store = write_store(tmp_path, [conversation(6, [], []), text_document([3])])
     batch = collate([make_pieces((0, 0, 0, 0, 6), (0, 0, 1, 0, 1))], make_spec(store))
-    assert batch.rows.numel() == batch.targets.numel() == batch.row_weight.numel() == batch.row_source.numel() == 0
+    assert batch.rows.numel() == batch.targets.numel() == batch.row_weight.numel() == 0
+    assert row_sources(batch, torch.device("cpu")).tolist() == []
     assert batch.weight_sum == 0.0
 
 
@@ -253,6 +253,8 @@ def test_equals_the_labels_of_whole_documents(
     assert batch.input_ids[0, : len(ids)].tolist() == ids
     assert (batch.input_ids[0, len(ids) :] == PAD).all()
     assert supervised(batch) == rows
+    source_of = np.repeat(batch.pieces.source, batch.pieces.length)
+    assert row_sources(batch, torch.device("cpu")).tolist() == source_of[[row for row, _, _ in rows]].tolist()
     assert batch.num_tokens == len(ids) == int(batch.cu_seqlens[len(batch.pieces.length)])
     assert batch.weight_sum == pytest.approx(sum(float(row[2]) for row in rows), rel=1e-12)
 
