@@ -65,7 +65,8 @@ class Encoder:
 
     def _text_document(self, ids: npt.NDArray[np.int32], text: str) -> Document:
         ids = np.concatenate([self._prefix, ids, self._suffix])
-        return Document(ids, np.array([[0, len(ids)]], np.int32), np.ones(1, np.float32), len(text.encode()))
+        num_bytes = len(text) if text.isascii() else len(text.encode())
+        return Document(ids, np.array([[0, len(ids)]], np.int32), np.ones(1, np.float32), num_bytes)
 
     def _marked_document(self, marked: MarkedText, encoding: Encoding) -> Document:
         ids = np.array(encoding.ids, np.int32)

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from dsft.corpus.encode import Encoder
 from dsft.corpus.formats import Format, parse_record
 from dsft.corpus.listing import RawShard
@@ -182,5 +180,4 @@ def dropped_because(document: Document) -> str | None:
     """The count under which a document is left out; None where it is kept."""
     if document.num_bytes == 0:
         return "without_text"
-    targets = document.spans[:, 1] - np.maximum(document.spans[:, 0], 1)  # token 0 is never predicted
-    return None if bool((targets > 0).any()) else "without_supervised_tokens"
+    return None if document.num_targets else "without_supervised_tokens"

@@ -129,7 +129,7 @@ def _read_array(file: RawFile, columns: list[str] | None) -> Iterator[Record]:
 
 def _parse_json(line: bytes) -> Any | BadRecord:
     try:
-        return json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        return _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRecord(_decode_problem(error, line))
     except (ValueError, RecursionError) as error:
@@ -138,6 +138,9 @@ def _parse_json(line: bytes) -> Any | BadRecord:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _decode_problem(error: UnicodeDecodeError, data: bytes) -> str:

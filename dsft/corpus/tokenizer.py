@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -58,7 +59,8 @@ class Tokenizer:
         """Ids of each text, int32[n]; nothing is added, and only what is privately spelled becomes a control token."""
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         ids = (encoding.ids for encoding in encodings)  # a new list at each access
-        return [np.fromiter(of_text, np.int32, len(of_text)) for of_text in ids]
+        # struct takes half the time of np.fromiter for a list of ints, and a sixth of the tokenizer's own goes here.
+        return [np.frombuffer(struct.pack(f"{len(of_text)}i", *of_text), np.int32) for of_text in ids]
 
     def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[Encoding]:
         """As :meth:`encode_batch`, with each token's character range (``ids`` and ``offsets``)."""

@@ -182,9 +182,7 @@ def _cut(
         count + 1 + (row[1] < tokens) for count, tokens, row in zip(num_pieces, row_tokens, summary, strict=True)
     ]
     borders.append(len(cu_seqlens) - sum(borders))
-    columns = zip(
-        ids, positions, cu_seqlens.split_with_sizes(borders), rows, targets, weights, summary, strict=False
-    )
+    columns = zip(ids, positions, cu_seqlens.split_with_sizes(borders), rows, targets, weights, summary, strict=False)
     return [GatheredRow(*tensors, *numbers[1:]) for *tensors, numbers in columns]
 
 

@@ -24,6 +24,11 @@ class Document:
     span_weights: npt.NDArray[np.float32]
     num_bytes: int
 
+    @property
+    def num_targets(self) -> int:
+        """Supervised tokens that are predicted: token 0 never is."""
+        return sum(max(end - max(start, 1), 0) for start, end in self.spans.tolist())
+
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
