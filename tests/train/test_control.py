@@ -36,7 +36,7 @@ class Table:
 def batch(num_rows: int, weight: float, *, filler: bool = False, padding: int = 3, data_hash: int = 7) -> StepBatch:
     none = torch.zeros(0)
     packed = PackedBatch(
-        none, none, none, 8, torch.zeros(num_rows), none, none, none, NO_PIECES,
+        none, none, none, 8, torch.zeros(num_rows), none, none, NO_PIECES,
         0 if filler else 13, padding, filler, weight, data_hash,
     )  # fmt: skip
     return StepBatch(PLAN, (packed,))
