@@ -71,7 +71,7 @@ class ProgressLines:
         return sum(report.read_bytes for report in reports), sum(report.total_bytes for report in reports)
 
     def summary(self) -> str:
-        """Documents, tokens, MB/s of text and the time left, over all workers."""
+        """Documents, tokens, their speed, that of text, and the time left, over all workers."""
         reports = list(self._latest.values())
         seconds = max(time.monotonic() - self._began, 1e-9)
         documents, tokens, text_bytes, read, found = (
@@ -82,8 +82,8 @@ class ProgressLines:
         left = (total - read) * seconds / (read - found) if read > found else 0.0
         share = 100.0 * read / total if total else 100.0
         return (
-            f"{share:.0f} %, {documents:,} documents, {tokens:,} tokens, {text_bytes / seconds / 1e6:.1f} MB/s, "
-            f"{timedelta(seconds=round(left))} left"
+            f"{share:.0f} %, {documents:,} documents, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s, "
+            f"{text_bytes / seconds / 1e6:.1f} MB/s, {timedelta(seconds=round(left))} left"
         )
 
 
